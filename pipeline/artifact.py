@@ -1,0 +1,189 @@
+"""A folder that is whole or absent and says what made it.
+
+Tokenizer, rows and checkpoints are written the same way: into a staging folder beside their place,
+every file synced to disk, a manifest with size and sha256 of each written last, one rename. A
+folder without a manifest is not ours; a file that differs from it is damage, and is named.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import InputError
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate")
+
+
+@contextlib.contextmanager
+def staged(folder: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield an empty staging folder and a dict; after the block they are `folder` and its facts.
+
+    `made_from` decides later whether the artifact is still the one a recipe asks for; the facts
+    (counts, say) are kept beside it in the manifest. If the block raises, `folder` is as before.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    staging = folder.parent / f"_staging-{folder.name}"
+    facts: dict[str, Any] = {}
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        yield staging, facts
+        commit(staging, folder, made_from, facts)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def commit(staging: Path, folder: Path, made_from: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Sync and list every file of `staging`, then rename it to `folder`.
+
+    A damaged folder that stands in the way is kept beside it under a name of its own.
+    """
+    files = {}
+    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+        files[str(path.relative_to(staging))] = {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        _sync(path)
+    manifest = {
+        "format": 1,
+        "made_from": made_from,
+        "facts": facts,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "files": files,
+    }
+    path = staging / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1))
+    _sync(path)
+    for subfolder in {staging, *(p for p in staging.rglob("*") if p.is_dir())}:
+        _sync(subfolder)
+    if folder.exists():
+        if damage(folder) is None:
+            shutil.rmtree(folder)
+        else:
+            os.rename(folder, _free_name(folder))
+    os.rename(staging, folder)
+    _sync(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of an artifact, or None where there is none."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with an artifact (file and how), or None if it is whole."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{folder / MANIFEST} is missing or unreadable"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{path} differs from what was written"
+    return None
+
+
+def reusable(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Tell whether `folder` holds the artifact that `made_from` describes.
+
+    Raises:
+        InputError: it holds a damaged one, one made from something else, or foreign files.
+    """
+    if not folder.exists():
+        return False
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder}: holds files that are not ours; move them or name another path")
+    changes = differences(manifest["made_from"], made_from)
+    if changes:
+        raise InputError(
+            f"{folder}: was made by another recipe ({'; '.join(changes)}); "
+            "use --overwrite, or another --training.output_dir"
+        )
+    wrong = damage(folder)
+    if wrong:
+        raise InputError(f"{wrong}; remove {folder} to have it made again")
+    return True
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Return `key: old -> new` for every leaf in which two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in dict.fromkeys([*old, *new]):
+            inner = f"{key}.{name}" if key else str(name)
+            found += differences(old.get(name), new.get(name), inner)
+        return found
+    return [] if old == new else [f"{key}: {_short(old)} -> {_short(new)}"]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return one sha256 over the contents that an artifact's manifest lists."""
+    files = read_manifest(folder)["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries a result depends on."""
+    found = {"python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this project's checkout, `+dirty` if it was changed, else None."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:12]}...{text[-4:]}"
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    return name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

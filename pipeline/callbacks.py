@@ -1,0 +1,124 @@
+"""What happens during training besides training: perplexity of extra texts, samples, progress."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from pipeline.blocks import HeldOutBatches, Rows
+from pipeline.generation import continuation
+from pipeline.perplexity import score_rows
+from pipeline.recipe import GenerationSection
+
+
+class PerplexityCallback(TrainerCallback):
+    """Measure the perplexity of named texts at each evaluation, on the main process."""
+
+    def __init__(
+        self, texts: dict[str, Rows], *, batch_size: int, log: Callable[[dict[str, float]], None]
+    ) -> None:
+        """`log` is the trainer's: what it is given reaches every reporter and the history."""
+        self._texts = {n: HeldOutBatches(r, batch_size=batch_size) for n, r in texts.items()}
+        self._log = log
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
+        """Score every text with the model as it is now."""
+        if state.is_world_process_zero:
+            for name, batches in self._texts.items():
+                score = score_rows(model, batches, device=args.device)
+                self._log(score.as_metrics(f"eval_{name}"))
+
+
+class SampleCallback(TrainerCallback):
+    """Show and keep what the model writes for the recipe's prompts at each evaluation."""
+
+    def __init__(
+        self, section: GenerationSection, tokenizer: PreTrainedTokenizerBase, path: Path
+    ) -> None:
+        self._section, self._tokenizer, self._path = section, tokenizer, path
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
+        """Write one continuation per prompt, the same seed each time."""
+        if not state.is_world_process_zero:
+            return
+        for prompt in self._section.prompts:
+            text = prompt + continuation(
+                model,
+                self._tokenizer,
+                prompt,
+                max_new_tokens=self._section.max_new_tokens,
+                temperature=self._section.temperature,
+                top_k=self._section.top_k,
+                seed=self._section.seed,
+            )
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"--- update {state.global_step}\n{text}\n\n")
+            tqdm.write(f"--- sample at update {state.global_step}\n{text}\n---")
+
+
+class TrainingProgressCallback(ProgressCallback):
+    """One bar with loss, tokens/s and time left; where there is no terminal, lines instead."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the bar (`disable=None`: not where a redrawn bar would only fill a file)."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="update", disable=None
+            )
+            self.current_step = state.global_step
+            self._started = time.perf_counter(), state.global_step
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        """Show how far an evaluation is."""
+        if self.training_bar is not None and not self.training_bar.disable:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show a training log in the bar and an evaluation on a line of its own."""
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        head = f"update {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            text = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
+            self.training_bar.set_postfix_str(text)
+            if self.training_bar.disable:
+                started, first = self._started
+                passed = (time.perf_counter() - started) / (state.global_step - first)
+                left = tqdm.format_interval(passed * (state.max_steps - state.global_step))
+                tqdm.write(f"{head}: {text}, {left} left")
+        for name in (n.removesuffix("_loss") for n in logs if n.endswith("_loss")):
+            if name.startswith("eval"):
+                label = "held-out text" if name == "eval" else name.removeprefix("eval_")
+                tqdm.write(
+                    f"{head}: {label}: loss {logs[f'{name}_loss']:.4f}, "
+                    f"perplexity {logs[f'{name}_perplexity']:.2f}, "
+                    f"{logs[f'{name}_bits_per_byte']:.4f} bits per byte"
+                )
+
+
+class Stopwatch:
+    """Seconds spent in updates alone: what happens between `pause` and `resume` does not count."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._paused_at: float | None = None
+        self._left_out = 0.0
+
+    def pause(self) -> None:
+        """Stop counting (again: no effect)."""
+        self._paused_at = self._paused_at or time.perf_counter()
+
+    def resume(self) -> None:
+        """Count again."""
+        if self._paused_at is not None:
+            self._left_out += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+    @property
+    def seconds(self) -> float:
+        """What has been counted so far."""
+        return (self._paused_at or time.perf_counter()) - self._started - self._left_out

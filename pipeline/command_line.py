@@ -1,0 +1,283 @@
+"""What a person types: `--section.field value` and door options in, one sentence and a code out."""
+
+import difflib
+import logging
+import os
+import sys
+import textwrap
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.recipe import (
+    InputError,
+    LibraryField,
+    Recipe,
+    Section,
+    _sentence,
+    model_config_fields,
+    read_recipe,
+    training_fields,
+)
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+class RecipeOptions(Section):
+    """Options of every door that reads a recipe."""
+
+    config: str | None = None
+    """The recipe (default: recipes/quickstart.yaml)."""
+    print_config: bool = False
+    """Print the recipe as it would run, and stop."""
+
+
+class PretrainOptions(RecipeOptions):
+    """Options of pretrain.py."""
+
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint, else fresh; must; never; or a checkpoint's path."""
+    overwrite: bool = False
+    """Remove the run that the output folder holds, and start anew."""
+
+
+class PrepareOptions(RecipeOptions):
+    """Options of prepare_data.py."""
+
+    num_proc: int = Field(1, ge=1)
+    """Processes that tokenise; the rows are the same for any number."""
+
+
+class MeasureOptions(Section):
+    """Options of measure_perplexity.py."""
+
+    model: str
+    """Folder or Hub name of the model and its tokenizer."""
+    files: list[str]
+    """Texts to score, in this order."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
+    block_size: int | None = Field(None, ge=2)
+    """Tokens in a window (default: the model's positions)."""
+    batch_size: int = Field(8, ge=1)
+    """Windows in one forward pass."""
+    json_: str | None = Field(None, alias="json")
+    """File to write the numbers to."""
+
+
+class GenerateOptions(Section):
+    """Options of generate.py."""
+
+    model: str
+    """Folder or Hub name of the model and its tokenizer."""
+    prompt: str
+    """Beginning to continue."""
+    max_new_tokens: int = Field(80, ge=1)
+    """Length of the continuation in tokens; it stops earlier at end-of-text."""
+    temperature: float = Field(0.8, ge=0)
+    """Divides the logits; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among this many most likely tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the most likely tokens that together have this probability."""
+    seed: int = Field(0, ge=0)
+    """Seed of the sampling."""
+
+
+def read_options(argv: Sequence[str] | None, options: type[Section], *, doc: str) -> typing.Any:
+    """Return the door's options from `argv` (default: the process's own).
+
+    Raises:
+        InputError: an option is unknown, missing or of the wrong type.
+        SystemExit: with code 0, after --help.
+    """
+    given = _words(sys.argv[1:] if argv is None else argv, options)
+    if "help" in given:
+        _finish(_help(doc, options))
+    names = {_option_name(options, name) for name in options.model_fields}
+    unknown = next((key for key in given if key not in names), None)
+    if unknown is not None:
+        raise InputError(_unknown_option(unknown, sorted(names)))
+    return _options(options, given)
+
+
+def read_command_line(
+    argv: Sequence[str] | None, options: type[RecipeOptions], *, doc: str
+) -> tuple[Recipe, typing.Any]:
+    """Return the recipe and the door's options from `argv` (default: the process's own).
+
+    Raises:
+        InputError: an option or a key of the recipe is wrong.
+        SystemExit: with code 0, after --help and --print_config.
+    """
+    given = _words(sys.argv[1:] if argv is None else argv, options)
+    if "help" in given:
+        _finish(_help(doc, options, about=given["help"]))
+    own = {key: value for key, value in given.items() if key in options.model_fields}
+    rest = {key: value for key, value in given.items() if key not in own}
+    door = _options(options, own)
+    for key in rest:
+        if key.split(".")[0] not in Recipe.model_fields:
+            raise InputError(_unknown_option(key, [*options.model_fields, *Recipe.model_fields]))
+    recipe = read_recipe(Path(door.config) if door.config else DEFAULT_RECIPE, rest)
+    if door.print_config:
+        _finish(yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True))
+    return recipe, door
+
+
+def enter(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a door's `main` as a program: a person's mistake is one sentence and exit code 2."""
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    # Reading and writing weights takes no time worth a bar; whoever wants them sets it to 0.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("pipeline").setLevel(logging.INFO if is_main_process else logging.WARNING)
+    try:
+        code = main()
+    except InputError as error:
+        if is_main_process:
+            sys.stderr.write(f"error: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        code = 130
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+def _words(argv: Sequence[str], options: type[Section]) -> dict[str, Any]:
+    """Split `--key value ...` and `--key=value` into a mapping; nothing is abbreviated."""
+    given: dict[str, Any] = {}
+    key = None
+    for word in argv:
+        if word in ("-h", "--help"):
+            key = "help"
+            given[key] = []
+        elif word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            if key in given:
+                raise InputError(f"--{key} is given twice")
+            given[key] = [value] if equals else []
+        elif key is None:
+            raise InputError(f"{word!r} stands alone; options are written --section.field value")
+        else:
+            given[key].append(word)
+    if "help" in given:
+        return {"help": " ".join(given["help"])}
+    return {key: _value(key, words, options) for key, words in given.items()}
+
+
+def _value(key: str, words: list[str], options: type[Section]) -> Any:
+    if not words:
+        field = options.model_fields.get(key)
+        if field is not None and field.annotation is bool:
+            return True
+        raise InputError(f"--{key}: a value is missing")
+    if len(words) > 1:
+        return words
+    word = words[0]
+    # Text stays text (a prompt may look like YAML); only what cannot be text is read as YAML.
+    return yaml.safe_load(word) if word == "null" or word[:1] in "[{" and "." in key else word
+
+
+def _option_name(options: type[Section], name: str) -> str:
+    return options.model_fields[name].alias or name
+
+
+def _options(options: type[Section], given: dict[str, Any]) -> Any:
+    lists = [n for n, f in options.model_fields.items() if f.annotation == list[str]]
+    given = {k: [v] if k in lists and isinstance(v, str) else v for k, v in given.items()}
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise InputError(f"--{key} is required; --help lists the options") from None
+        overrides = {key: given.get(key)}
+        raise InputError(_sentence(error, options, overrides, Path("command line"))) from None
+
+
+def _unknown_option(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key.split(".")[0], known, n=1, cutoff=0.5)
+    remedy = f"did you mean --{close[0]}?" if close else "--help lists the options"
+    return f"--{key}: unknown option; {remedy}"
+
+
+def _finish(text: str) -> typing.NoReturn:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    raise SystemExit(0)
+
+
+def _help(doc: str, options: type[Section], about: str = "") -> str:
+    if about == "training":
+        return _library_help("training", "TrainingArguments", training_fields())
+    if about == "model.config":
+        return _library_help("model.config", "GPT2Config", model_config_fields())
+    lines = [doc.strip(), "", f"{options.__doc__}"]
+    lines += _field_lines(options, "")
+    if issubclass(options, RecipeOptions):
+        lines += ["", Recipe.__doc__ + " These lay over the recipe."]
+        lines += _field_lines(Recipe, "")
+        for name, field in Recipe.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                lines += ["", f"{name}: {field.annotation.__doc__}"]
+                lines += _field_lines(field.annotation, f"{name}.")
+        lines += ["", "--help training lists the fields of TrainingArguments;"]
+        lines += ["--help model.config those of GPT2Config."]
+    return "\n".join(lines)
+
+
+def _field_lines(model: type[BaseModel], prefix: str) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        default = field.get_default(call_default_factory=True)
+        # A default of None is explained by the field's own sentence.
+        stated = field.is_required() or default is None
+        required = "" if stated else f" (default: {_spelled(default)})"
+        lines += _paragraph(
+            f"--{prefix}{field.alias or name} {_kind(field.annotation)}",
+            f"{field.description}{required}",
+        )
+    return lines
+
+
+def _library_help(section: str, class_name: str, fields: dict[str, LibraryField]) -> str:
+    lines = [f"{section}: the fields of the installed transformers.{class_name}"]
+    for name, field in fields.items():
+        text = f"{field.help} (default: {field.default})".strip()
+        lines += _paragraph(f"--{section}.{name} {_kind(field.annotation)}", text)
+    return "\n".join(lines)
+
+
+def _paragraph(head: str, text: str) -> list[str]:
+    return [
+        f"  {head}",
+        *textwrap.wrap(
+            " ".join(text.split()), 88, initial_indent=" " * 8, subsequent_indent=" " * 8
+        ),
+    ]
+
+
+def _spelled(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+
+
+def _kind(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    name = str(annotation) if typing.get_args(annotation) else name
+    return name.replace("typing.", "").replace(" | None", "").replace("NoneType", "null")

@@ -1,0 +1,174 @@
+"""A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+
+from pipeline.recipe import InputError, ModelSection
+
+# Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
+DERIVED = {
+    "vocab_size": "it is the tokenizer's (tokenizer.vocab_size)",
+    "n_positions": "it is data.block_size",
+    "bos_token_id": "it is the tokenizer's end-of-text",
+    "eos_token_id": "it is the tokenizer's end-of-text",
+    "pad_token_id": "it is the tokenizer's end-of-text",
+}
+
+# Pre-training passes over its text about once, where dropout only slows learning (nanoGPT, llm.c);
+# GPT2Config's own default is 0.1.
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+# Rows are never padded, so there is no mask to pass; that pad is end-of-text is GPT-2's way.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "passing in an `attention_mask`" not in str(record.msg)
+)
+
+
+def check_model(section: ModelSection, *, block_size: int) -> None:
+    """Check what can be known before any data is read.
+
+    Raises:
+        InputError: a derived field is stated, GPT2Config refuses a value, or the pretrained model
+            is missing, not a GPT-2, or has fewer positions than `block_size`.
+    """
+    if section.pretrained is not None:
+        config = _pretrained_config(section.pretrained)
+        if block_size > config.n_positions:
+            raise InputError(
+                f"data.block_size is {block_size}, but {section.pretrained} has "
+                f"{config.n_positions} positions; set data.block_size to that or less"
+            )
+        return
+    for name in section.config:
+        if name in DERIVED:
+            raise InputError(f"model.config.{name}: is derived, leave it out: {DERIVED[name]}")
+    config = _fresh_config(section, vocab_size=257, block_size=block_size, end_of_text=0)
+    for name in ("n_embd", "n_layer", "n_head"):
+        if getattr(config, name) < 1:
+            raise InputError(f"model.config.{name}: must be at least 1; got {section.config[name]}")
+    if config.n_embd % config.n_head:
+        raise InputError(
+            f"model.config.n_embd: {config.n_embd} is not a multiple of n_head {config.n_head}; "
+            "every head has n_embd / n_head dimensions"
+        )
+    if config.activation_function not in ACT2FN:
+        raise InputError(
+            f"model.config.activation_function: {config.activation_function!r} is not one of "
+            f"{', '.join(sorted(ACT2FN))}"
+        )
+
+
+def build_model(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
+) -> GPT2LMHeadModel:
+    """Return the model in fp32, its vocabulary, positions and special ids set.
+
+    Fresh weights follow GPT-2 (Radford et al. 2019): normal with standard deviation 0.02, the
+    projections into the residual stream 0.02 / sqrt(2 * layers).
+
+    Raises:
+        InputError: see `check_model`; or the tokenizer has ids that a pretrained model lacks.
+    """
+    check_model(section, block_size=block_size)
+    end_of_text = tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    options = {"attn_implementation": section.attn_implementation}
+    try:
+        if section.pretrained is not None:
+            model = GPT2LMHeadModel.from_pretrained(section.pretrained, dtype="float32", **options)
+        else:
+            config = _fresh_config(
+                section,
+                vocab_size=len(tokenizer),
+                block_size=block_size,
+                end_of_text=end_of_text,
+            )
+            model = GPT2LMHeadModel._from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        # The attention that was asked for is unknown, or its package is missing.
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"model.attn_implementation: {first}") from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "
+            f"{model.config.vocab_size}; leave out tokenizer: to use the model's own"
+        )
+    model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
+    model.config.eos_token_id = model.generation_config.eos_token_id = end_of_text
+    model.config.pad_token_id = model.generation_config.pad_token_id = end_of_text
+    # `GPT2LMHeadModel` has no loss type of its own, and Trainer then divides the summed loss by
+    # block_size instead of by the block_size - 1 tokens that are predicted.
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Return the causal language model in a folder or on the Hub, in fp32, on the best device.
+
+    Raises:
+        InputError: there is none.
+    """
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name}: no model in this folder (config.json is missing)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
+    except Exception as error:  # network, name, file format
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name}: cannot be loaded as a model: {first}; give a folder that a run has finished, "
+            "or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to("mps" if torch.backends.mps.is_available() else device).eval()
+
+
+def parameter_count(model: GPT2LMHeadModel) -> int:
+    """Return the number of parameters, the tied embedding counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fresh_config(
+    section: ModelSection, *, vocab_size: int, block_size: int, end_of_text: int
+) -> GPT2Config:
+    try:
+        return GPT2Config(
+            **NO_DROPOUT
+            | section.config
+            | {
+                "vocab_size": vocab_size,
+                "n_positions": block_size,
+                "bos_token_id": end_of_text,
+                "eos_token_id": end_of_text,
+                "pad_token_id": end_of_text,
+            }
+        )
+    except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own
+        raise InputError(f"model.config: {' '.join(str(error).split())}") from None
+
+
+def _pretrained_config(name: str) -> GPT2Config:
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name}: no model in this folder (config.json is missing)")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # network, name, file format
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model.pretrained {name}: cannot be loaded: {first}; give an existing folder, or "
+            "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+        ) from None
+    if not isinstance(config, GPT2Config):
+        raise InputError(f"model.pretrained {name}: is a {config.model_type}, not a GPT-2")
+    return config

@@ -1,0 +1,393 @@
+"""The one YAML that describes a run: its sections, their checks, reading and saving.
+
+Sections are named after the rooms that read them. `training:` goes to `TrainingArguments` and
+`model.config:` to `GPT2Config` under the names those libraries use; both are checked against the
+installed source, which is read and not imported, so that a misspelt key costs no torch import.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
+
+# Keys that transformers 5 no longer has, and where their meaning lives now.
+RENAMED = {
+    "training.warmup_ratio": "schedule.warmup_steps (below 1: a fraction)",
+    "training.overwrite_output_dir": "the flag --overwrite",
+    "training.evaluation_strategy": "training.eval_strategy",
+    "training.logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "training.no_cuda": "training.use_cpu",
+}
+
+
+class InputError(ValueError):
+    """What a person gave cannot work; the message says what, where and the remedy."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, unknown keys refused, text read as the type that is asked."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+    )
+
+
+class TokenizerSection(Section):
+    """A byte-level BPE tokenizer: trained on this recipe's training text, or loaded."""
+
+    vocab_size: int | None = Field(None, ge=SMALLEST_VOCABULARY)
+    """Entries to train, <|endoftext|> included (at least 257)."""
+    pretrained: str | None = None
+    """Folder or Hub name of an existing tokenizer, instead of training one."""
+
+
+class DataSection(Section):
+    """Documents, their split into training, validation and test, and the rows cut from them."""
+
+    files: list[str] | None = None
+    """Text files, folders (their *.txt), globs, .jsonl/.csv/.parquet tables, or python:stdlib."""
+    dataset: str | None = None
+    """Hub name of a data set, instead of files."""
+    dataset_config: str | None = None
+    """Configuration of that data set."""
+    dataset_split: str = "train"
+    """Split of that data set to read documents from."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of that data set."""
+    text_column: str = "text"
+    """Column of a table or data set that holds a document's text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
+    hold_out: Literal["auto", "documents", "tail"] = "auto"
+    """Hold out whole documents by a hash of their text, or the end of every document (auto: the
+    tail when there are fewer than 100 documents)."""
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share held out for validation."""
+    test_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share held out for the final test."""
+    block_size: int = Field(1024, ge=2)
+    """Tokens in a row."""
+    path: str | None = None
+    """Folder of the prepared rows (default: <training.output_dir>/blocks)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("files"), str):
+            values = {**values, "files": [values["files"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _one_corpus(self) -> "DataSection":
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError(
+                "give exactly one of data.files and data.dataset (null takes one back)"
+            )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "data.validation_fraction and data.test_fraction leave nothing to train on: "
+                "their sum must be below 1"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """A GPT2LMHeadModel: fresh from `config`, or the weights of `pretrained`."""
+
+    config: dict[str, Any] | None = None
+    """Fields of GPT2Config; vocabulary, positions and special ids are derived; dropout is 0."""
+    pretrained: str | None = None
+    """Folder or Hub name of a GPT-2 to go on from, instead of `config`."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ... (default: the library's)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError(
+                "give exactly one of model.config and model.pretrained (null takes one back)"
+            )
+        return self
+
+
+class ScheduleSection(Section):
+    """The learning rate over the updates; its peak is training.learning_rate."""
+
+    name: Literal["cosine", "linear", "wsd", "cosine_restarts"] = "cosine"
+    """Shape after the warm-up; wsd: stay at the peak, then fall linearly."""
+    warmup_steps: float = Field(0.02, ge=0)
+    """Linear warm-up in updates; below 1, a fraction of the horizon."""
+    horizon_steps: float = Field(1.0, gt=0)
+    """Update at which the floor is reached; up to 1, a fraction of all updates."""
+    floor: float = Field(0.1, ge=0, le=1)
+    """Fraction of the peak that remains at the horizon and ever after."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the horizon over which the rate falls."""
+    cycles: int = Field(4, ge=1)
+    """cosine_restarts only: how many cosines up to the horizon."""
+
+
+class EvaluationSection(Section):
+    """What is measured besides the held-out loss."""
+
+    texts: dict[str, str] = Field(default_factory=dict)
+    """Perplexity of extra texts at each evaluation, as name: file."""
+    tokens: int | None = Field(None, ge=2)
+    """Held-out tokens scored at each evaluation while training (default: all; the final numbers
+    always use all)."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better held-out loss."""
+
+
+class GenerationSection(Section):
+    """What the model is asked to write at each evaluation and for the summary."""
+
+    prompts: list[str] = Field(default_factory=list)
+    """Beginnings to continue."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length of a continuation in tokens."""
+    temperature: float = Field(0.8, ge=0)
+    """Divides the logits; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among this many most likely tokens; 0: all."""
+    seed: int = Field(0, ge=0)
+    """Seed of the samples."""
+
+
+class Recipe(Section):
+    """Everything that describes a run."""
+
+    tokens_per_update: int = Field(ge=1)
+    """Tokens in one optimizer step over all devices; gradient accumulation follows from it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; weights stay fp32 (auto: bf16 where the device has it)."""
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
+    data: DataSection
+    model: ModelSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, under its own name."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> "Recipe":
+        given = [self.tokenizer.vocab_size is not None, self.tokenizer.pretrained is not None]
+        if all(given):
+            raise ValueError("give only one of tokenizer.vocab_size and tokenizer.pretrained")
+        if not any(given) and self.model.pretrained is None:
+            raise ValueError("give tokenizer.vocab_size to train one, or tokenizer.pretrained")
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.training["output_dir"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of the tokenizer that this recipe trains."""
+        return self.output_dir / "tokenizer"
+
+    @property
+    def blocks_dir(self) -> Path:
+        """The folder of the prepared rows."""
+        return Path(self.data.path) if self.data.path else self.output_dir / "blocks"
+
+    def with_values(self, **values: Any) -> "Recipe":
+        """Return a copy in which choices left open (`auto`) are replaced by what was chosen."""
+        return Recipe.model_validate({**self.as_dict(), **values})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was stated, defaults left out, as plain YAML types."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML; reading that file gives this recipe back."""
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
+
+
+def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe, lay dotted `overrides` over it and check every key and value.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown or renamed, a value has the wrong
+            type or range, or two choices contradict each other.
+    """
+    overrides = overrides or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; the project's own are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a YAML mapping of sections, see recipes/")
+    for key, value in overrides.items():
+        _lay_over(values, key, value)
+    origin = f"{path}" + ("" if not overrides else " with the command line")
+    training = values.get("training") or {}
+    if isinstance(training, dict) and training.get("output_dir") is None:
+        values["training"] = {**training, "output_dir": f"outputs/{path.stem}"}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, Recipe, overrides, path)) from None
+    training = _check_library_fields(
+        "training", recipe.training, training_fields(), overrides, path
+    )
+    if training.get("output_dir") == "":
+        raise InputError(f"{origin}: training.output_dir is empty; leave it out for the default")
+    checked = {"training": training}
+    if recipe.model.config is not None:
+        config = _check_library_fields(
+            "model.config", recipe.model.config, model_config_fields(), overrides, path
+        )
+        checked["model"] = {**recipe.model.model_dump(exclude_unset=True), "config": config}
+    return recipe.with_values(**checked)
+
+
+class LibraryField(typing.NamedTuple):
+    """A field that a library's configuration class declares."""
+
+    annotation: Any
+    default: str
+    help: str
+
+
+@functools.cache
+def training_fields() -> dict[str, LibraryField]:
+    """Return the fields of the installed `TrainingArguments`, read from its source."""
+    return _declared_fields("training_args.py", "TrainingArguments")
+
+
+@functools.cache
+def model_config_fields() -> dict[str, LibraryField]:
+    """Return the fields of the installed `GPT2Config`, read from its source."""
+    return _declared_fields("models/gpt2/configuration_gpt2.py", "GPT2Config")
+
+
+def _declared_fields(file: str, class_name: str) -> dict[str, LibraryField]:
+    package = importlib.util.find_spec("transformers").submodule_search_locations[0]
+    tree = ast.parse((Path(package) / file).read_text(encoding="utf-8"))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name).body
+    fields = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            keywords = {k.arg: k.value for k in getattr(node.value, "keywords", [])}
+            default = keywords.get("default", None if keywords else node.value)
+            fields[node.target.id] = LibraryField(
+                annotation=_plain_type(ast.unparse(node.annotation)),
+                default=ast.unparse(default) if default is not None else "none",
+                help=_literal(keywords.get("metadata")).get("help", ""),
+            )
+    return fields
+
+
+def _literal(node: ast.AST | None) -> dict[str, str]:
+    try:
+        return ast.literal_eval(node) if node is not None else {}
+    except ValueError:  # a help text that is computed
+        return {}
+
+
+def _plain_type(annotation: str) -> Any:
+    """Evaluate an annotation; the library's own enumerations become text."""
+
+    class Names(dict):
+        def __missing__(self, name: str) -> Any:
+            return getattr(typing, name, str)
+
+    return eval(annotation, {"__builtins__": {}}, Names(vars(__import__("builtins"))))  # noqa: S307
+
+
+def _check_library_fields(
+    section: str,
+    values: dict[str, Any],
+    fields: dict[str, LibraryField],
+    overrides: dict[str, Any],
+    path: Path,
+) -> dict[str, Any]:
+    model = create_model(
+        section, __base__=Section, **{n: (f.annotation, None) for n, f in fields.items()}
+    )
+    # YAML reads a bare `no` as false; the strategies of transformers spell it "no".
+    values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in values.items()}
+    try:
+        return model.model_validate(values).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise InputError(_sentence(error, model, overrides, path, section)) from None
+
+
+def _lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
+    values[last] = value
+
+
+def _sentence(
+    error: ValidationError,
+    model: type[BaseModel],
+    overrides: dict[str, Any],
+    path: Path,
+    section: str = "",
+) -> str:
+    """Turn the first of pydantic's findings into one sentence with file, key, value and remedy."""
+    finding = error.errors()[0]
+    parts = [
+        str(p) for p in finding["loc"] if str(p) in _all_names(model) or p is finding["loc"][0]
+    ]
+    if finding["type"] in ("extra_forbidden", "missing"):
+        parts = [str(p) for p in finding["loc"]]
+    key = ".".join([section, *parts] if section else parts)
+    where = f"--{key}" if key in overrides else f"{path}: {key}" if key else f"{path}"
+    if finding["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return f"{where}: this key is gone in transformers 5; use {RENAMED[key]}"
+        known = _names_beside(model, parts)
+        close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
+        beside = key.removesuffix(parts[-1])
+        remedy = f"did you mean {beside}{close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"{where}: unknown key; {remedy}"
+    if finding["type"] == "missing":
+        return f"{where}: this key is required"
+    message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] == "value_error":
+        return f"{path}: {message}"
+    if key == "tokenizer.vocab_size" and finding["type"] == "greater_than_equal":
+        message = (
+            f"a byte-level tokenizer needs the 256 bytes and <|endoftext|>, so at least "
+            f"{SMALLEST_VOCABULARY}"
+        )
+    return f"{where}: {message[0].lower()}{message[1:]}; got {finding['input']!r}"
+
+
+def _all_names(model: type[BaseModel]) -> set[str]:
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names |= _all_names(field.annotation)
+    return names
+
+
+def _names_beside(model: type[BaseModel], parts: list[str]) -> list[str]:
+    for name in parts[:-1]:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)

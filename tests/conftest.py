@@ -1,0 +1,96 @@
+"""A small corpus, tokenizer, model and recipe, all made in the process; no network, one place."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for their threads
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+WORDS = (
+    "the a model reads text and learns what comes next from what came before it loss falls when "
+    "tokens repeat in rows of ids that a tokenizer cut with bytes and merges whole gradient steps "
+    "schedule warm floor cosine peak update batch corpus split hash held out book page line naïve "
+    "façade 東京 مرحبا 😀 def return class import for in if else None True self"
+).split()
+
+
+def make_texts(count: int = 40, seed: int = 0) -> list[str]:
+    """Return documents of different lengths with some structure to learn."""
+    source = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        sentences = [
+            " ".join(source.choices(WORDS, k=source.randint(4, 12))) + ".\n"
+            for _ in range(source.randint(4, 16))
+        ]
+        texts.append("".join(sentences))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """About 20 kB of text in 40 documents."""
+    return make_texts()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts):
+    """A byte-level BPE tokenizer of 384 entries."""
+    from pipeline.tokenizer import train_tokenizer
+
+    return train_tokenizer(texts, vocab_size=384)
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """A GPT-2 of 2 layers x 32 with 16 positions."""
+    from pipeline.model import build_model
+    from pipeline.recipe import ModelSection
+
+    section = ModelSection(config={"n_layer": 2, "n_head": 2, "n_embd": 32})
+    return build_model(section, tokenizer, block_size=16, seed=0).eval()
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    """120 text files: enough to be held out whole, by their hash."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, text in enumerate(make_texts(120)):
+        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_recipe(tmp_path_factory, corpus_folder) -> Path:
+    """The smoke recipe on the small corpus, so that its text is the same on every machine."""
+    values = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text())
+    values["data"]["files"] = str(corpus_folder)
+    values["training"]["report_to"] = "none"
+    path = tmp_path_factory.mktemp("recipes") / "smoke.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, smoke_recipe) -> Path:
+    """The folder of one finished smoke run; read it, do not change it."""
+    from pipeline import pretrain
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    pretrain.main(["--config", str(smoke_recipe), "--training.output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run_copy(tmp_path, finished_run) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))

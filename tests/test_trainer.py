@@ -1,0 +1,475 @@
+"""The promises: same curve for the same batch, resumed equals uninterrupted, truthful losses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from pipeline import checkpoint, run_folder
+from pipeline.blocks import Rows, obtain_blocks
+from pipeline.command_line import PretrainOptions
+from pipeline.corpus import Corpus
+from pipeline.model import build_model
+from pipeline.recipe import InputError, read_recipe
+from pipeline.tokenizer import obtain_tokenizer
+from pipeline.trainer import (
+    OWNED,
+    PretrainingTrainer,
+    gradient_accumulation_steps,
+    training_arguments,
+)
+
+
+def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTrainer:
+    """Return a trainer for the recipe with overrides such as training__max_steps=3."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    recipe = read_recipe(recipe_path, {"training.output_dir": str(folder), **dotted})
+    recipe, arguments = training_arguments(recipe)
+    corpus = Corpus(recipe.data)
+    tokenizer = obtain_tokenizer(recipe.tokenizer, corpus, recipe.tokenizer_dir)
+    blocks = obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
+    model = build_model(
+        recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
+    )
+    return PretrainingTrainer(recipe, arguments, model=model, tokenizer=tokenizer, blocks=blocks)
+
+
+def logged(trainer: PretrainingTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer: PretrainingTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def true_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Mean cross-entropy over the predicted tokens, from logits, in fp64."""
+    logits = model(input_ids=ids, use_cache=False).logits.double()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_training_loss_is_the_mean_over_predicted_tokens(smoke_recipe, tmp_path, accumulation):
+    """Stock Trainer reports 31/32 of it at 32 tokens a row."""
+    trainer = make_trainer(
+        smoke_recipe, tmp_path, training__max_steps=1, training__logging_steps=1,
+        training__eval_strategy="no", training__per_device_train_batch_size=16 // accumulation,
+    )  # fmt: skip
+    assert trainer.args.gradient_accumulation_steps == accumulation
+    seen = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: seen.append(rows) or collate(rows)
+    expected_model = trainer.model
+    before = weights(trainer)
+    trainer.train()
+    expected_model.load_state_dict(before)
+    assert logged(trainer)[0] == pytest.approx(
+        true_loss(expected_model, torch.cat(seen[:accumulation])), rel=1e-6
+    )
+
+
+def test_the_held_out_loss_is_that_of_a_plain_computation(smoke_recipe, tmp_path):
+    trainer = make_trainer(smoke_recipe, tmp_path, training__max_steps=2)
+    trainer.train()
+    metrics = trainer.evaluate()
+    rows = trainer.eval_dataset
+    stream = torch.cat([rows[0][:1], *(rows[i][1:] for i in range(len(rows)))])[: rows.tokens]
+    nats, tokens = 0.0, 0
+    for start in range(0, len(stream) - 1, 31):  # 32 positions, one token shared
+        ids = stream[start : start + 32][None]
+        nats += true_loss(trainer.model, ids) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert metrics["eval_tokens"] == tokens == rows.tokens - 1
+    assert metrics["eval_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    text = trainer.processing_class.decode(stream[1:], skip_special_tokens=True)
+    assert metrics["eval_bytes"] == len(text.encode())
+    assert metrics["eval_bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / len(text.encode()), rel=1e-6
+    )
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(smoke_recipe, tmp_path):
+    losses = []
+    for size in (1, 7, 64):
+        trainer = make_trainer(
+            smoke_recipe, tmp_path, training__max_steps=1,
+            training__per_device_eval_batch_size=size,
+        )  # fmt: skip
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_the_same_global_batch_gives_the_same_curve(smoke_recipe, tmp_path):
+    curves = []
+    for batch_size in (16, 8, 4):
+        trainer = make_trainer(
+            smoke_recipe, tmp_path, training__per_device_train_batch_size=batch_size,
+            training__logging_steps=1, training__max_steps=8, training__eval_strategy="no",
+        )  # fmt: skip
+        trainer.train()
+        curves.append(logged(trainer))
+    assert len(curves[0]) == 8
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_the_same_recipe_gives_the_same_bits(smoke_recipe, tmp_path):
+    runs = []
+    for _ in range(2):
+        trainer = make_trainer(smoke_recipe, tmp_path, training__logging_steps=1)
+        trainer.train()
+        runs.append((logged(trainer), weights(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.slow
+def test_the_same_recipe_gives_the_same_bits_compiled(smoke_recipe, tmp_path):
+    """Two threads, bf16 where there is any: the shape of the quickstart's run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    runs = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        trainer = make_trainer(
+            smoke_recipe, tmp_path, precision="auto", training__torch_compile="true",
+            training__logging_steps=1, training__eval_strategy="no",
+            model__attn_implementation="eager",
+        )  # fmt: skip
+        trainer.train()
+        runs.append((logged(trainer), weights(trainer)))
+    torch.set_num_threads(threads)
+    assert runs[0][0] == runs[1][0]
+    assert equal(runs[0][1], runs[1][1])
+
+
+def test_evaluating_more_often_changes_no_weight(smoke_recipe, tmp_path):
+    """With dropout, every draw from the global random state would shift the masks."""
+    ends = []
+    for every in (3, 7):
+        trainer = make_trainer(
+            smoke_recipe, tmp_path, training__max_steps=8, training__eval_steps=every,
+            model__config__resid_pdrop=0.2,
+        )  # fmt: skip
+        trainer.train()
+        ends.append(weights(trainer))
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, accumulated):
+    """Weights, losses and rates to the last bit, with dropout, over the end of an epoch."""
+    overrides = {
+        "training__per_device_train_batch_size": 8 if accumulated else 16,
+        "training__logging_steps": 1,
+        "training__save_steps": 6,
+        "model__config__resid_pdrop": 0.1,
+        "training__save_total_limit": 3,
+    }
+    straight = make_trainer(smoke_recipe, tmp_path / "straight", **overrides)
+    straight.train_from("never")
+
+    half = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
+    with pytest.raises(KeyboardInterrupt):
+        half.add_callback(_StopAt(14))
+        half.train_from("never")
+    again = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
+    again.train_from("auto")
+
+    assert again._initial_global_step == 12
+    assert equal(weights(straight), weights(again))
+    assert logged(straight) == logged(again)
+    assert logged(straight, "learning_rate") == logged(again, "learning_rate")
+    assert logged(straight, "eval_loss") == logged(again, "eval_loss")
+
+
+def test_a_finished_run_trains_no_further(smoke_recipe, run_copy):
+    """Stock Trainer trains one more step at each restart."""
+    before = (run_copy / "model.safetensors").read_bytes()
+    from pipeline import pretrain
+
+    pretrain.main(["--config", str(smoke_recipe), "--training.output_dir", str(run_copy)])
+    assert (run_copy / "model.safetensors").read_bytes() == before
+    assert [p.name for p in checkpoint.checkpoints(run_copy)] == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_every_log_has_perplexity_bits_tokens_and_speed(finished_run):
+    state = json.loads((finished_run / "checkpoint-20" / "trainer_state.json").read_text())
+    training = [e for e in state["log_history"] if "loss" in e]
+    held_out = [e for e in state["log_history"] if "eval_loss" in e]
+    assert [e["step"] for e in training] == [5, 10, 15, 20]
+    assert [e["step"] for e in held_out] == [10, 20]
+    for entry in training:
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
+        assert entry["bits_per_byte"] > 0 and entry["tokens_per_second"] > 0
+        assert entry["tokens_seen"] == entry["step"] * 512
+    for entry in held_out:
+        assert entry["eval_perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
+        assert entry["tokens_per_second"] > 0 and entry["tokens_seen"] == entry["step"] * 512
+    assert training[-1]["loss"] < training[0]["loss"]
+
+
+def test_extra_texts_and_samples(smoke_recipe, tmp_path):
+    (tmp_path / "extra.txt").write_text("the model reads text and learns what comes next.\n" * 9)
+    trainer = make_trainer(
+        smoke_recipe, tmp_path / "run", training__max_steps=10,
+        evaluation__texts={"book": str(tmp_path / "extra.txt")},
+    )  # fmt: skip
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "eval_book_perplexity" in e)
+    rows: Rows = Rows.held_out(
+        [(tmp_path / "extra.txt").read_text()], trainer.processing_class, block_size=32
+    )
+    assert entry["eval_book_tokens"] == rows.tokens - 1
+    assert entry["eval_book_perplexity"] > 1
+    samples = (tmp_path / "run" / "samples.txt").read_text()
+    assert samples.startswith("--- update 10\ndef ")
+
+
+def test_tensorboard_gets_perplexity(smoke_recipe, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make_trainer(
+        smoke_recipe, tmp_path / "run", training__report_to="tensorboard", training__max_steps=10
+    )
+    trainer.train()
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/perplexity", "train/tokens_seen", "eval/perplexity", "eval/loss"} <= tags
+
+
+def test_early_stopping_and_the_best_model(smoke_recipe, tmp_path):
+    """A rate so high that the loss gets worse: the best is the first evaluation."""
+    trainer = make_trainer(
+        smoke_recipe, tmp_path, training__learning_rate=3.0, training__eval_steps=2,
+        training__save_steps=2, training__load_best_model_at_end="true",
+        training__max_grad_norm=0, evaluation__early_stopping_patience=2,
+        schedule__warmup_steps=10,
+    )  # fmt: skip
+    trainer.train()
+    held_out = logged(trainer, "eval_loss")
+    best = held_out.index(min(held_out))
+    assert trainer.state.global_step < 20
+    assert len(held_out) == best + 3
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / f"checkpoint-{2 * (best + 1)}"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(held_out), rel=1e-6)
+
+
+def test_weight_decay_is_on_matrices_only(smoke_recipe, tmp_path):
+    trainer = make_trainer(smoke_recipe, tmp_path, training__weight_decay=0.1)
+    trainer.create_optimizer()
+    decayed, plain = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    count = len(list(trainer.model.parameters()))
+    assert len(decayed["params"]) + len(plain["params"]) == count
+
+
+def test_the_gradient_is_clipped(smoke_recipe, tmp_path):
+    trainer = make_trainer(
+        smoke_recipe, tmp_path, training__max_grad_norm=0.01, training__max_steps=1,
+        training__eval_strategy="no",
+    )  # fmt: skip
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        trainer.train()
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "block", "batch", "world", "steps"),
+    [(2048, 128, 16, 1, 1), (2048, 128, 4, 2, 2), (524288, 1024, 32, 8, 2), (512, 32, 8, 1, 2)],
+)
+def test_accumulation_follows_from_the_budget(budget, block, batch, world, steps):
+    assert steps == gradient_accumulation_steps(
+        budget, block_size=block, batch_size=batch, world_size=world
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "nearest"), [(2000, "1024 and 2048"), (100, "1024"), (1025, "1024 and 2048")]
+)
+def test_a_budget_that_does_not_divide_names_those_that_do(budget, nearest):
+    with pytest.raises(
+        InputError, match=rf"multiple of .* = 1024; the nearest that are: {nearest}"
+    ):
+        gradient_accumulation_steps(budget, block_size=128, batch_size=8, world_size=1)
+
+
+@pytest.mark.parametrize("name", sorted(OWNED))
+def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
+    from pipeline.recipe import training_fields
+
+    if name not in training_fields():
+        return  # a field of another transformers version
+    recipe = read_recipe(smoke_recipe, {"training.output_dir": str(tmp_path)})
+    recipe = recipe.with_values(training={**recipe.training, name: 1})
+    with pytest.raises(InputError, match=f"training.{name}: leave it out; "):
+        training_arguments(recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"training.learning_rate": 0}, "training.learning_rate: must be above 0; got 0"),
+        ({"training.learning_rate": float("nan")}, "must be above 0; got nan"),
+        ({"training.max_steps": 0}, "training.max_steps: must be at least 1; got 0"),
+        ({"training.num_train_epochs": 0}, "training.num_train_epochs: must be above 0"),
+        ({"training.per_device_train_batch_size": 0}, "must be at least 1"),
+        ({"training.save_total_limit": 1}, "training.save_total_limit: must be at least 2"),
+        ({"training.seed": -1}, "training.seed: must be at least 0"),
+        ({"training.eval_strategy": "sometimes"}, "training: .*sometimes"),
+        ({"training.optim": "adamw_torhc"}, "training: .*adamw_torhc"),
+        (
+            {"training.eval_strategy": "no", "evaluation.early_stopping_patience": 2},
+            "early_stopping_patience counts evaluations",
+        ),
+        ({"precision": "fp16"}, "precision: fp16 needs a CUDA GPU"),
+    ],
+)
+def test_values_that_cannot_work(smoke_recipe, tmp_path, overrides, words):
+    if overrides.get("precision") == "fp16" and torch.cuda.is_available():
+        overrides = {**overrides, "training.use_cpu": True}
+    recipe = read_recipe(smoke_recipe, {"training.output_dir": str(tmp_path), **overrides})
+    with pytest.raises(InputError, match=words):
+        training_arguments(recipe)
+
+
+def test_a_reporter_that_is_not_installed(smoke_recipe, tmp_path):
+    values = {"training.output_dir": str(tmp_path), "training.report_to": "mlflow"}
+    with pytest.raises(InputError, match="report_to: the package mlflow is not installed"):
+        training_arguments(read_recipe(smoke_recipe, values))
+
+
+def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
+    with pytest.raises(InputError, match="precision: bf16 is not in this device's hardware"):
+        training_arguments(read_recipe(smoke_recipe, {**values, "precision": "bf16"}))
+    recipe, arguments = training_arguments(
+        read_recipe(smoke_recipe, {**values, "precision": "auto"})
+    )
+    assert recipe.precision == "fp32" and not arguments.bf16
+
+
+def test_without_a_compiler_it_goes_on_and_says_so(smoke_recipe, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.trainer._compiler_is_there", lambda: False)
+    values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
+    recipe = read_recipe(smoke_recipe, {**values, "training.torch_compile": True})
+    _, arguments = training_arguments(recipe)
+    assert not arguments.torch_compile
+    assert "no C++ compiler" in caplog.text
+
+
+def test_too_little_text_for_one_update(smoke_recipe, tmp_path):
+    with pytest.raises(InputError, match="one update takes 65536: give more text"):
+        make_trainer(
+            smoke_recipe, tmp_path, tokens_per_update=32 * 65536,
+            training__per_device_train_batch_size=65536,
+        )  # fmt: skip
+
+
+def test_out_of_memory_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
+    trainer = make_trainer(smoke_recipe, tmp_path)
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer, "compute_loss", fail)
+    with pytest.raises(InputError, match="with 8 rows of 32 tokens.*train_batch_size 4"):
+        trainer.train_from("never")
+
+
+def test_a_warm_up_beyond_the_horizon(smoke_recipe, tmp_path):
+    with pytest.raises(InputError, match="schedule.warmup_steps comes to 20 updates"):
+        make_trainer(smoke_recipe, tmp_path, schedule__warmup_steps=20)
+
+
+def test_what_is_saved_opens_in_stock_transformers(finished_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    assert type(model).__name__ == "GPT2LMHeadModel" and model.dtype == torch.float32
+    assert model.config.use_cache and model.config.n_positions == 32
+    assert model.config.vocab_size == len(tokenizer) == 512
+    end = tokenizer.eos_token_id
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (end, end)
+    text = pipeline("text-generation", model=str(finished_run))("the model", max_new_tokens=5)
+    assert text[0]["generated_text"].startswith("the model")
+    names = {p.name for p in finished_run.rglob("*")}
+    assert "training_args.bin" not in names  # a pickle, with any token that was given
+    saved = load_file(finished_run / "model.safetensors")
+    last = load_file(finished_run / "checkpoint-20" / "model.safetensors")
+    assert equal(saved, last)
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_kill_9_goes_on_bit_for_bit(smoke_recipe, tmp_path):
+    """A real process, killed after its first checkpoint; the same command then finishes."""
+    command = [
+        sys.executable, "pipeline/pretrain.py", "--config", str(smoke_recipe),
+        "--training.max_steps", "60", "--training.save_steps", "4",
+        "--training.output_dir",
+    ]  # fmt: skip
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, str(straight)], cwd=ROOT, check=True, capture_output=True)
+    victim = subprocess.Popen(
+        [*command, str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while victim.poll() is None and not list(killed.glob("checkpoint-*")):
+        pass
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (killed / "metrics.json").exists()
+    done = subprocess.run(
+        [*command, str(killed)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert f"resuming from {killed}/checkpoint-" in done.stdout
+    one, other = (load_file(f / "model.safetensors") for f in (straight, killed))
+    assert equal(one, other)
+    assert run_folder.read_status(killed)["state"] == "finished"
+
+
+def test_options_have_the_documented_defaults():
+    assert PretrainOptions().resume == "auto"
+
+
+class _StopAt:
+    """Die at an update as Ctrl-C would."""
+
+    def __new__(cls, step: int):
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise KeyboardInterrupt
+
+        return Stop()
