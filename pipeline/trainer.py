@@ -187,6 +187,7 @@ class PretrainingTrainer(Trainer):
         self._staging: Path | None = None
         self._watch = Stopwatch()
         self._last_log = (0.0, 0)
+        self._first_step: int | None = None  # the update that this process began with
         self.compile_seconds = 0.0  # the first update, which compiles
         self.train_seconds = 0.0
         rows_per_update = recipe.tokens_per_update // recipe.data.block_size
@@ -306,21 +307,23 @@ class PretrainingTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Time the first update apart: it holds the compilation."""
-        if self.state.global_step > self._initial_global_step:
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        if self.state.global_step > self._first_step:
             return super().training_step(*args, **kwargs)
         started = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
         self.compile_seconds += time.perf_counter() - started
         self._watch = Stopwatch()
-        self._last_log = (0.0, self._initial_global_step + 1)
+        self._last_log = (0.0, self._first_step + 1)
         return loss
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on per second of updates, without compilation, evaluation and saving."""
-        if not self.compile_seconds:  # nothing has been trained here yet
+        if self._first_step is None:  # nothing has been trained here yet
             return 0.0
-        updates = self.state.global_step - self._initial_global_step - 1
+        updates = self.state.global_step - self._first_step - 1
         if updates < 1:
             return self.recipe.tokens_per_update / self.compile_seconds
         return updates * self.recipe.tokens_per_update / self._watch.seconds

@@ -190,7 +190,7 @@ def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, accumulated):
     again = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
     again.train_from("auto")
 
-    assert again._initial_global_step == 12
+    assert again._first_step == 12
     assert equal(weights(straight), weights(again))
     assert logged(straight) == logged(again)
     assert logged(straight, "learning_rate") == logged(again, "learning_rate")
