@@ -131,9 +131,10 @@ class HeldOutBatches:
             start = (number * self._world_size + self._rank) * self.batch_size
             wanted = np.arange(start, start + self.batch_size)
             ids = rows.__getitems__(np.minimum(wanted, len(rows) - 1))
-            # Row r holds the stream's tokens from r * (block_size - 1) on.
+            # Row r holds the stream from r * (block_size - 1) on; a row beyond the last one has all
+            # its predicted places beyond the stream.
             places = wanted[:, None] * (rows.block_size - 1) + np.arange(rows.block_size)
-            beyond = (places >= rows.tokens) | (wanted[:, None] >= len(rows))
+            beyond = places >= rows.tokens
             labels = ids.masked_fill(torch.from_numpy(beyond), NO_LABEL)
             yield {"input_ids": ids, "labels": labels}
 

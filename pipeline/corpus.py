@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
 from pipeline.recipe import DataSection, InputError
 
 logger = logging.getLogger(__name__)
 
 STANDARD_LIBRARY = "python:stdlib"
 SPLITS = ("train", "validation", "test")
-TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> datasets' loader
+TABLES = (".jsonl", ".csv", ".parquet")
 # Below this many documents, about 5 % of them would be too few to speak for the rest.
 FEWEST_DOCUMENTS_TO_HOLD_OUT = 100
 NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -44,11 +49,13 @@ class Corpus:
         """
         self._section = section
         self._texts: list[tuple[str, Path]] = []
-        self._tables = []
+        self._tables: list[tuple[str, Any]] = []  # pyarrow.Table, or datasets.Dataset of the Hub
+        self._paths: list[Path] = []
         for source in section.files or []:
             self._add(source)
-        if section.dataset is not None:
-            self._tables.append((section.dataset, _load_hub(section)))
+        self._hub = None if section.dataset is None else _load_hub(section)
+        if self._hub is not None:
+            self._tables.append((section.dataset, self._hub))
         for name, table in self._tables:
             if section.text_column not in table.column_names:
                 raise InputError(
@@ -106,6 +113,7 @@ class Corpus:
                 yield name, text
         for name, table in self._tables:
             for number, text in enumerate(table[self._section.text_column]):
+                text = text.as_py() if isinstance(text, pa.Scalar) else text
                 if not isinstance(text, str):
                     raise InputError(
                         f"{name}: row {number} of column {self._section.text_column!r} is "
@@ -121,6 +129,7 @@ class Corpus:
                 parts = path.relative_to(root).parts
                 if not NOT_THE_LIBRARY & set(parts):
                     self._texts.append(("/".join(parts), path))
+                    self._paths.append(path)
             return
         path = Path(source)
         if path.is_dir():
@@ -139,17 +148,19 @@ class Corpus:
             raise InputError(f"{source}: {kind}; {remedy}")
         for path in found:
             if path.suffix in TABLES:
-                self._tables.append((str(path), _load_table(path)))
+                self._tables.append((str(path), _read_table(path, self._section.text_column)))
+                self._paths.append(path)
             else:
                 self._texts.append((str(path), path))
+                self._paths.append(path)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for _, path in self._texts:
+        for path in self._paths:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        for _, table in self._tables:
-            digest.update(table._fingerprint.encode())
+        if self._hub is not None:
+            digest.update(self._hub._fingerprint.encode())
         return digest.hexdigest()
 
 
@@ -203,14 +214,21 @@ def read_files(names: list[str], *, errors: str = "strict") -> list[str]:
     return texts
 
 
-def _load_table(path: Path):  # -> datasets.Dataset
-    import datasets
-
+def _read_table(path: Path, column: str) -> pa.Table:
+    """Read a table by its suffix, without the cache of `datasets`, which trusts size and time."""
     try:
-        return datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps every parser's own errors
-        cause = error.__cause__ or error
-        raise InputError(f"{path}: not a {path.suffix} table: {_first_line(cause)}") from None
+        if path.suffix == ".jsonl":
+            return pyarrow.json.read_json(path)
+        if path.suffix == ".csv":
+            return pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                # Everything in a CSV is text; without this a column of digits were numbers.
+                convert_options=pyarrow.csv.ConvertOptions(column_types={column: pa.string()}),
+            )
+        return pyarrow.parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a {path.suffix} table: {_first_line(error)}") from None
 
 
 def _load_hub(section: DataSection):  # -> datasets.Dataset

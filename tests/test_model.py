@@ -1,0 +1,339 @@
+"""The model: its size, its first weights, its loss path, and what is refused before it is built."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from pipeline.model import build_model, check_model, load_model, parameter_count
+from pipeline.recipe import InputError, ModelSection
+from pipeline.tokenizer import train_tokenizer
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+class TokenizerOfGpt2:
+    """The two facts about GPT-2's tokenizer that decide the model's shape."""
+
+    eos_token_id = 50256
+
+    def __len__(self):
+        return 50257
+
+
+def fresh(tokenizer, *, block_size=16, seed=0, **config):
+    section = ModelSection(config=TINY | config)
+    return build_model(section, tokenizer, block_size=block_size, seed=seed)
+
+
+def refusal(section, tokenizer=None, *, block_size=16):
+    """Return the sentence of `check_model`, or of `build_model` where a tokenizer is given."""
+    with pytest.raises(InputError) as caught:
+        if tokenizer is None:
+            check_model(section, block_size=block_size)
+        else:
+            build_model(section, tokenizer, block_size=block_size, seed=0)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """The name of a folder with a GPT-2 of 16 positions, 384 entries and special ids of its own."""
+    for holder in (tiny_model.config, tiny_model.generation_config):
+        holder.bos_token_id = holder.eos_token_id = holder.pad_token_id = 5
+    tiny_model.save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+# -- fresh ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_head, n_embd, count",
+    [(12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (48, 25, 1600, 1_557_611_200)],
+    ids=["small", "medium", "xl"],
+)
+def test_published_sizes(n_layer, n_head, n_embd, count):
+    section = ModelSection(config={"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
+    with torch.device("meta"):
+        model = build_model(section, TokenizerOfGpt2(), block_size=1024, seed=0)
+    assert parameter_count(model) == count
+    # embeddings, then per layer: two norms, attention 4 d^2 + 4 d, feed-forward 8 d^2 + 5 d
+    by_hand = (50257 + 1024) * n_embd + n_layer * (12 * n_embd**2 + 13 * n_embd) + 2 * n_embd
+    assert count == by_hand
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 33])
+def test_shape_and_special_ids_follow_tokenizer_and_rows(tokenizer, block_size):
+    model = fresh(tokenizer, block_size=block_size)
+    assert type(model) is GPT2LMHeadModel
+    assert model.transformer.wte.weight.shape == (len(tokenizer), 32)
+    assert model.transformer.wpe.weight.shape == (block_size, 32)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.n_positions == block_size
+    for holder in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(holder, name) == tokenizer.eos_token_id
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_fields_that_are_stated_arrive(tokenizer):
+    model = fresh(tokenizer, n_inner=48, activation_function="gelu", layer_norm_epsilon=1e-6)
+    assert model.transformer.h[0].mlp.c_fc.weight.shape == (32, 48)
+    assert model.config.activation_function == "gelu"
+    assert model.transformer.ln_f.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    "stated, expected",
+    [
+        ({}, (0.0, 0.0, 0.0)),
+        ({"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3}, (0.1, 0.2, 0.3)),
+        ({"attn_pdrop": 0.3}, (0.0, 0.0, 0.3)),
+    ],
+)
+def test_dropout_is_what_is_stated_and_otherwise_none(tokenizer, stated, expected):
+    model = fresh(tokenizer, **stated).train()
+    block = model.transformer.h[0]
+    found = (block.attn.resid_dropout.p, model.transformer.drop.p, block.attn.attn_dropout.p)
+    assert found == expected
+    assert block.mlp.dropout.p == expected[0]
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        same = torch.equal(model(ids).logits, model(ids).logits)
+    assert same == (expected == (0, 0, 0))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_first_loss_is_that_of_a_guess(tokenizer, seed):
+    model = fresh(tokenizer, n_embd=64, block_size=64, seed=seed).eval()
+    source = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(tokenizer), (16, 64), generator=source)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].double()
+    taken = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+    assert -taken.mean().item() == pytest.approx(math.log(len(tokenizer)), rel=0.02)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_residual_projections_start_smaller_with_depth(tokenizer, layers):
+    model = fresh(tokenizer, n_layer=layers, n_embd=128)
+    for block in model.transformer.h:
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            wanted = 0.02 / math.sqrt(2 * layers)
+            assert projection.weight.std().item() == pytest.approx(wanted, rel=0.05)
+            assert projection.weight.mean().abs() < 0.1 * wanted
+            assert not projection.bias.any()
+        for other in (block.attn.c_attn, block.mlp.c_fc):
+            assert other.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_seed_decides_the_weights(tokenizer):
+    def weights(seed):
+        return torch.cat([p.flatten() for p in fresh(tokenizer, seed=seed).parameters()])
+
+    first = weights(7)
+    set_seed(1234)  # what was drawn before must not matter
+    assert torch.equal(weights(7), first)
+    other = weights(8)
+    assert not torch.equal(other, first)
+    drawn = first.abs() > 0
+    drawn &= first != 1  # biases are 0 and norms 1 for every seed
+    assert (other[drawn] != first[drawn]).float().mean() > 0.99
+
+
+def test_the_attention_asked_for_is_used(tokenizer):
+    ids = torch.arange(16)[None]
+    logits = {}
+    for name in ("eager", "sdpa"):
+        section = ModelSection(config=TINY, attn_implementation=name)
+        model = build_model(section, tokenizer, block_size=16, seed=0).eval()
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            logits[name] = model(ids).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"])
+
+
+# -- the loss path of Trainer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("origin", ["fresh", "pretrained"])
+@pytest.mark.parametrize("count", [45, 90, 1000])
+def test_loss_is_the_sum_over_the_items_that_trainer_counts(tokenizer, saved, origin, count):
+    if origin == "fresh":
+        model = fresh(tokenizer)
+    else:
+        model = build_model(ModelSection(pretrained=saved), tokenizer, block_size=16, seed=0)
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (3, 16), generator=source)
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    with torch.no_grad():
+        logs = model(input_ids=ids).logits.double().log_softmax(-1)
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(count)).loss
+        mean = model(input_ids=ids, labels=labels).loss
+    total, predicted = 0.0, 0
+    for row in range(3):
+        for place in range(1, 16):
+            if labels[row, place] != -100:
+                total -= logs[row, place - 1, ids[row, place]].item()
+                predicted += 1
+    assert predicted == 41
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert mean.item() == pytest.approx(total / predicted, rel=1e-5)
+
+
+@pytest.mark.parametrize("origin", ["fresh", "pretrained"])
+def test_trainer_counts_the_tokens_that_are_predicted(tokenizer, saved, tmp_path, origin):
+    if origin == "fresh":
+        model = fresh(tokenizer)
+    else:
+        model = build_model(ModelSection(pretrained=saved), tokenizer, block_size=16, seed=0)
+    arguments = TrainingArguments(output_dir=tmp_path / "run", use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments)
+    ids = torch.arange(48).reshape(3, 16)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    batches = [{"input_ids": ids, "labels": labels}, {"input_ids": ids, "labels": ids}]
+    # With a loss type that it does not know, Trainer counts position 0 too, which is never scored,
+    # and every loss comes out too small by one part in block_size.
+    _, count = trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+    assert count == (11 + 15 + 15) + 3 * 15
+
+
+# -- pretrained -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_a_pretrained_model_keeps_its_weights_and_positions(
+    saved, tiny_model, tokenizer, block_size
+):
+    model = build_model(ModelSection(pretrained=saved), tokenizer, block_size=block_size, seed=5)
+    assert model.config.n_positions == 16
+    for ours, theirs in zip(model.parameters(), tiny_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == torch.float32
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for holder in (model.config, model.generation_config):
+        special = {holder.bos_token_id, holder.eos_token_id, holder.pad_token_id}
+        assert special == {tokenizer.eos_token_id}
+
+
+def test_a_pretrained_model_in_half_precision_is_read_as_fp32(tiny_model, tokenizer, tmp_path):
+    half = copy.deepcopy(tiny_model).half()
+    half.save_pretrained(tmp_path)
+    model = build_model(ModelSection(pretrained=str(tmp_path)), tokenizer, block_size=16, seed=0)
+    for ours, theirs in zip(model.parameters(), half.parameters(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+
+
+def test_more_positions_than_the_pretrained_model_has_are_refused(saved, tokenizer):
+    section = ModelSection(pretrained=saved)
+    for message in [refusal(section, block_size=17), refusal(section, tokenizer, block_size=17)]:
+        assert "data.block_size is 17" in message and "16 positions" in message and saved in message
+    check_model(section, block_size=16)
+
+
+def test_a_tokenizer_larger_than_the_pretrained_model_is_refused(saved, texts, tokenizer):
+    larger = train_tokenizer(texts, vocab_size=385)
+    message = refusal(ModelSection(pretrained=saved), larger)
+    assert "385 entries" in message and "384" in message and saved in message
+    smaller = train_tokenizer(texts, vocab_size=300)
+    model = build_model(ModelSection(pretrained=saved), smaller, block_size=16, seed=0)
+    assert model.config.vocab_size == 384
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    message = refusal(ModelSection(pretrained=str(tmp_path)))
+    assert str(tmp_path) in message and "config.json is missing" in message
+
+
+def test_another_architecture_is_refused(tmp_path):
+    LlamaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    message = refusal(ModelSection(pretrained=str(tmp_path)))
+    assert str(tmp_path) in message and "is a llama, not a GPT-2" in message
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "no-such-kind"}', "[]"])
+def test_a_broken_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    message = refusal(ModelSection(pretrained=str(tmp_path)))
+    assert f"model.pretrained {tmp_path}: cannot be loaded" in message
+
+
+def test_an_unknown_name_is_refused():
+    message = refusal(ModelSection(pretrained="nobody/no-such-model"))
+    assert "model.pretrained nobody/no-such-model" in message and "HF_HUB_OFFLINE" in message
+
+
+# -- what is refused of a fresh one ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"]
+)
+def test_stating_a_derived_field_is_refused(name, tokenizer):
+    section = ModelSection(config=TINY | {name: 64})
+    for message in [refusal(section), refusal(section, tokenizer)]:
+        assert message.startswith(f"model.config.{name}: is derived")
+
+
+@pytest.mark.parametrize("n_embd, n_head", [(32, 3), (30, 4), (2, 4)])
+def test_a_width_that_heads_do_not_divide_is_refused(n_embd, n_head):
+    message = refusal(ModelSection(config={"n_embd": n_embd, "n_head": n_head, "n_layer": 1}))
+    assert "model.config.n_embd" in message
+    assert f"{n_embd} is not a multiple of n_head {n_head}" in message
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_less_than_one_is_refused(name, value):
+    message = refusal(ModelSection(config=TINY | {name: value}))
+    assert message == f"model.config.{name}: must be at least 1; got {value}"
+
+
+def test_an_unknown_activation_names_the_known():
+    message = refusal(ModelSection(config=TINY | {"activation_function": "gelu_newest"}))
+    assert "model.config.activation_function: 'gelu_newest'" in message and "gelu_new," in message
+
+
+@pytest.mark.parametrize("value", ["many", 1.5, None])
+def test_a_value_of_the_wrong_kind_is_refused(value):
+    message = refusal(ModelSection(config=TINY | {"n_layer": value}))
+    assert "model.config" in message and "n_layer" in message
+
+
+def test_an_unknown_attention_is_refused(tokenizer):
+    message = refusal(ModelSection(config=TINY, attn_implementation="no-such"), tokenizer)
+    assert "model.attn_implementation" in message and "no-such" in message
+
+
+# -- loading a finished one -----------------------------------------------------------------------
+
+
+def test_load_model_reads_what_was_saved(saved, tiny_model):
+    model = load_model(saved)
+    assert not model.training
+    for ours, theirs in zip(model.parameters(), tiny_model.parameters(), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def test_load_model_names_what_is_missing(saved, tmp_path):
+    with pytest.raises(InputError, match="config.json is missing"):
+        load_model(str(tmp_path))
+    GPT2Config().save_pretrained(tmp_path / "only-config")
+    for name in [str(tmp_path / "only-config"), "nobody/no-such-model"]:
+        with pytest.raises(InputError, match=f"^{re.escape(name)}: cannot be loaded[^\n]*$"):
+            load_model(name)
