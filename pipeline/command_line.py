@@ -14,15 +14,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from pipeline.library_fields import LibraryField, model_config_fields, training_fields
 from pipeline.recipe import (
     InputError,
-    LibraryField,
     Recipe,
     Section,
     _sentence,
-    model_config_fields,
     read_recipe,
-    training_fields,
 )
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"

@@ -15,11 +15,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Not before: torch takes seconds, and --help or a misspelt key should not.
     from pipeline import report, run_folder
+    from pipeline.arguments import training_arguments
     from pipeline.blocks import obtain_blocks
     from pipeline.corpus import Corpus
     from pipeline.model import build_model, check_model
     from pipeline.tokenizer import obtain_tokenizer
-    from pipeline.trainer import PretrainingTrainer, training_arguments
+    from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(recipe)
     check_model(recipe.model, block_size=recipe.data.block_size)

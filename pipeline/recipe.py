@@ -5,16 +5,14 @@ Sections are named after the rooms that read them. `training:` goes to `Training
 installed source, which is read and not imported, so that a misspelt key costs no torch import.
 """
 
-import ast
 import difflib
-import functools
-import importlib.util
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from pipeline.library_fields import LibraryField, model_config_fields, training_fields
 
 SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 
@@ -259,60 +257,6 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         )
         checked["model"] = {**recipe.model.model_dump(exclude_unset=True), "config": config}
     return recipe.with_values(**checked)
-
-
-class LibraryField(typing.NamedTuple):
-    """A field that a library's configuration class declares."""
-
-    annotation: Any
-    default: str
-    help: str
-
-
-@functools.cache
-def training_fields() -> dict[str, LibraryField]:
-    """Return the fields of the installed `TrainingArguments`, read from its source."""
-    return _declared_fields("training_args.py", "TrainingArguments")
-
-
-@functools.cache
-def model_config_fields() -> dict[str, LibraryField]:
-    """Return the fields of the installed `GPT2Config`, read from its source."""
-    return _declared_fields("models/gpt2/configuration_gpt2.py", "GPT2Config")
-
-
-def _declared_fields(file: str, class_name: str) -> dict[str, LibraryField]:
-    package = importlib.util.find_spec("transformers").submodule_search_locations[0]
-    tree = ast.parse((Path(package) / file).read_text(encoding="utf-8"))
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name).body
-    fields = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            keywords = {k.arg: k.value for k in getattr(node.value, "keywords", [])}
-            default = keywords.get("default", None if keywords else node.value)
-            fields[node.target.id] = LibraryField(
-                annotation=_plain_type(ast.unparse(node.annotation)),
-                default=ast.unparse(default) if default is not None else "none",
-                help=_literal(keywords.get("metadata")).get("help", ""),
-            )
-    return fields
-
-
-def _literal(node: ast.AST | None) -> dict[str, str]:
-    try:
-        return ast.literal_eval(node) if node is not None else {}
-    except ValueError:  # a help text that is computed
-        return {}
-
-
-def _plain_type(annotation: str) -> Any:
-    """Evaluate an annotation; the library's own enumerations become text."""
-
-    class Names(dict):
-        def __missing__(self, name: str) -> Any:
-            return getattr(typing, name, str)
-
-    return eval(annotation, {"__builtins__": {}}, Names(vars(__import__("builtins"))))  # noqa: S307
 
 
 def _check_library_fields(

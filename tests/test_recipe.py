@@ -7,7 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.recipe import InputError, model_config_fields, read_recipe, training_fields
+from pipeline.library_fields import model_config_fields, training_fields
+from pipeline.recipe import InputError, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -15,7 +16,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_makes_training_arguments(path, tmp_path):
-    from pipeline.trainer import training_arguments
+    from pipeline.arguments import training_arguments
 
     recipe = read_recipe(path, {"training.output_dir": str(tmp_path / "run")})
     resolved, arguments = training_arguments(recipe)

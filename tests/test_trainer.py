@@ -15,18 +15,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from pipeline import checkpoint, run_folder
+from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
 from pipeline.blocks import Rows, obtain_blocks
 from pipeline.command_line import PretrainOptions
 from pipeline.corpus import Corpus
 from pipeline.model import build_model
 from pipeline.recipe import InputError, read_recipe
 from pipeline.tokenizer import obtain_tokenizer
-from pipeline.trainer import (
-    OWNED,
-    PretrainingTrainer,
-    gradient_accumulation_steps,
-    training_arguments,
-)
+from pipeline.trainer import PretrainingTrainer
 
 
 def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTrainer:
@@ -323,7 +319,7 @@ def test_a_budget_that_does_not_divide_names_those_that_do(budget, nearest):
 
 @pytest.mark.parametrize("name", sorted(OWNED))
 def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
-    from pipeline.recipe import training_fields
+    from pipeline.library_fields import training_fields
 
     if name not in training_fields():
         return  # a field of another transformers version
@@ -379,7 +375,7 @@ def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monke
 
 
 def test_without_a_compiler_it_goes_on_and_says_so(smoke_recipe, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("pipeline.trainer._compiler_is_there", lambda: False)
+    monkeypatch.setattr("pipeline.arguments._compiler_is_there", lambda: False)
     values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
     recipe = read_recipe(smoke_recipe, {**values, "training.torch_compile": True})
     _, arguments = training_arguments(recipe)

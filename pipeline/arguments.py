@@ -1,0 +1,220 @@
+"""What the recipe and the machine come to in `TrainingArguments`: derived, checked, chosen."""
+
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainingArguments
+
+from pipeline.checkpoint import FEWEST_KEPT
+from pipeline.lr_schedule import schedule
+from pipeline.recipe import InputError, Recipe
+
+logger = logging.getLogger(__name__)
+
+# It warns of compiling where there is no Ampere GPU; on a CPU compiling is worth half the time.
+logging.getLogger("transformers.training_args").addFilter(
+    lambda record: "speedups for torchdynamo" not in str(record.msg)
+)
+
+# Fields of TrainingArguments that are not the recipe's to state, and where they come from instead.
+OWNED = {
+    "gradient_accumulation_steps": "it is derived from tokens_per_update",
+    "bf16": "use precision: bf16",
+    "fp16": "use precision: fp16",
+    "bf16_full_eval": "evaluation runs in the recipe's precision",
+    "fp16_full_eval": "evaluation runs in the recipe's precision",
+    "lr_scheduler_type": "use schedule.name",
+    "lr_scheduler_kwargs": "use schedule:",
+    "warmup_steps": "use schedule.warmup_steps",
+    "resume_from_checkpoint": "use --resume",
+    "ignore_data_skip": "a resumed run goes on where it stopped",
+    "save_only_model": "such a checkpoint cannot be resumed",
+    "enable_jit_checkpoint": "it can hang several processes and is not exact",
+    "auto_find_batch_size": "the batch follows from tokens_per_update",
+    "push_to_hub": "push the finished folder: hf upload NAME outputs/...",
+    "logging_nan_inf_filter": "a loss that is not a number is shown as it is",
+    "dataloader_drop_last": "rows are full, and a last partial batch is left out",
+    "remove_unused_columns": "batches come finished from the rows",
+    "do_train": "pretrain.py trains",
+    "do_eval": "use training.eval_strategy",
+    "do_predict": "pretrain.py trains",
+    "fsdp": "the accelerate config says how devices share the work",
+    "fsdp_config": "the accelerate config says how devices share the work",
+    "deepspeed": "the accelerate config says how devices share the work",
+}
+
+
+_LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte"}
+
+# Values that TrainingArguments accepts and that cannot work, with the smallest that can.
+_SMALLEST = {
+    "learning_rate": (0, "above"),
+    "max_steps": (1, "at least"),
+    "num_train_epochs": (0, "above"),
+    "per_device_train_batch_size": (1, "at least"),
+    "per_device_eval_batch_size": (1, "at least"),
+    "save_total_limit": (FEWEST_KEPT, "at least"),
+    "logging_steps": (0, "above"),
+    "eval_steps": (0, "above"),
+    "save_steps": (0, "above"),
+    "seed": (0, "at least"),
+    "weight_decay": (0, "at least"),
+    "max_grad_norm": (0, "at least"),
+}
+
+
+def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
+    """Return the recipe with every open choice made, and the `TrainingArguments` it means.
+
+    Sets up devices and, under a launcher, the process group.
+
+    Raises:
+        InputError: a field is ours, a value is refused by transformers, or the device lacks the
+            precision.
+    """
+    stated = dict(recipe.training)
+    for name in stated:
+        if name in OWNED:
+            raise InputError(f"training.{name}: leave it out; {OWNED[name]}")
+    _check_values(stated)
+    for reporter in _reporters(stated.get("report_to")):
+        if importlib.util.find_spec(reporter) is None:
+            raise InputError(
+                f"training.report_to: the package {reporter} is not installed; run "
+                "pip install -e '.[tracking]' (or pip install it), or leave report_to out"
+            )
+    on_cpu = stated.get("use_cpu", False) or not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    )
+    precision = _precision(recipe.precision, on_cpu=on_cpu)
+    if stated.get("torch_compile") and on_cpu and not _compiler_is_there():
+        logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
+        stated["torch_compile"] = False
+    patience = recipe.evaluation.early_stopping_patience
+    derived = {
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": on_cpu,
+        "logging_nan_inf_filter": False,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+        "ddp_static_graph": None,
+    }
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "per_device_eval_batch_size": stated.get("per_device_train_batch_size", 8),
+        "dataloader_pin_memory": not on_cpu,
+    }
+    if stated.get("load_best_model_at_end") or stated.get("save_strategy") == "best" or patience:
+        defaults["metric_for_best_model"] = "loss"
+    if stated.get("metric_for_best_model", "loss").removeprefix("eval_") in _LOWER_IS_BETTER:
+        defaults["greater_is_better"] = False
+    try:
+        arguments = TrainingArguments(**{**defaults, **stated, **derived})
+    except (ValueError, TypeError, ImportError, AssertionError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from None
+    arguments.gradient_accumulation_steps = gradient_accumulation_steps(
+        recipe.tokens_per_update,
+        block_size=recipe.data.block_size,
+        batch_size=arguments.per_device_train_batch_size,
+        world_size=arguments.world_size,
+    )
+    if patience and arguments.eval_strategy == "no":
+        raise InputError(
+            "evaluation.early_stopping_patience counts evaluations, and training.eval_strategy is "
+            "no: set it to steps or epoch, or leave the patience out"
+        )
+    if arguments.max_steps > 0:
+        schedule(recipe.schedule, max_steps=arguments.max_steps)  # a warm-up too long: now
+    if on_cpu:
+        torch.set_num_threads(_threads())
+        # Compiled GPT-2 on two threads otherwise adds embedding gradients in changing order.
+        torch.use_deterministic_algorithms(True)
+    return recipe.with_values(precision=precision), arguments
+
+
+def gradient_accumulation_steps(
+    tokens_per_update: int, *, block_size: int, batch_size: int, world_size: int
+) -> int:
+    """Return how many batches each process adds up in one update of `tokens_per_update` tokens.
+
+    Raises:
+        InputError: it does not come out even; the nearest budgets that do are named.
+    """
+    tokens_per_batch = block_size * batch_size * world_size
+    steps, rest = divmod(tokens_per_update, tokens_per_batch)
+    if rest or not steps:
+        nearest = sorted({max(1, steps) * tokens_per_batch, (steps + 1) * tokens_per_batch})
+        raise InputError(
+            f"tokens_per_update is {tokens_per_update}, which is not a multiple of data.block_size "
+            f"{block_size} x training.per_device_train_batch_size {batch_size} x {world_size} "
+            f"process(es) = {tokens_per_batch}; the nearest that are: "
+            f"{' and '.join(str(n) for n in nearest)}"
+        )
+    return steps
+
+
+def _check_values(stated: dict[str, Any]) -> None:
+    for name, (smallest, word) in _SMALLEST.items():
+        value = stated.get(name)
+        if value is None:
+            continue
+        fits = value >= smallest if word == "at least" else value > smallest
+        if not fits:  # also NaN
+            raise InputError(f"training.{name}: must be {word} {smallest}; got {value}")
+
+
+def _reporters(report_to: str | list[str] | None) -> list[str]:
+    """Return those named reporters that are a package of the same name."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    return [name for name in names if name in ("tensorboard", "trackio", "wandb", "mlflow")]
+
+
+def _precision(asked: str, *, on_cpu: bool) -> str:
+    """Return fp32, bf16 or fp16 for the device at hand."""
+    cuda = torch.cuda.is_available() and not on_cpu
+    if cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif on_cpu:
+        # Other processors emulate bf16 products, slower than fp32.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has_bf16 = False  # MPS: autocast to bf16 depends on the macOS version
+    if asked == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if asked == "bf16" and not has_bf16:
+        raise InputError("precision: bf16 is not in this device's hardware; use auto or fp32")
+    if asked == "fp16" and not cuda:
+        raise InputError(
+            "precision: fp16 needs a CUDA GPU, and none is used here; use auto or fp32"
+        )
+    return asked
+
+
+def _compiler_is_there() -> bool:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _threads() -> int:
+    """Return the threads of this process: what OMP_NUM_THREADS says, else its share of the cores.
+
+    `accelerate launch` without a config sets OMP_NUM_THREADS to 1, which nobody has asked for.
+    """
+    said = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    by_launcher = said == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if said and not by_launcher:
+        return torch.get_num_threads()
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
