@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from pipeline.recipe import DataSection, InputError
+from pipeline.recipe import DataSection, InputError, first_line, not_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _read_table(path: Path, column: str) -> pa.Table:
             )
         return pyarrow.parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a {path.suffix} table: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a {path.suffix} table: {first_line(error)}") from None
 
 
 def _load_hub(section: DataSection):  # -> datasets.Dataset
@@ -242,12 +242,4 @@ def _load_hub(section: DataSection):  # -> datasets.Dataset
             revision=section.dataset_revision,
         )
     except Exception as error:  # network, name, configuration, split, permission
-        raise InputError(
-            f"data.dataset {section.dataset}: cannot be loaded: {_first_line(error)}; check name, "
-            "network, HF_TOKEN and HF_HUB_OFFLINE, or give local files with --data.files and "
-            "--data.dataset null"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise not_loaded(f"data.dataset {section.dataset}", "data set", error) from None

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from pipeline.recipe import InputError, ModelSection
+from pipeline.recipe import InputError, ModelSection, first_line, not_loaded
 
 # Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
 DERIVED = {
@@ -98,8 +98,7 @@ def build_model(
             model = GPT2LMHeadModel._from_config(config, **options)
     except (ValueError, ImportError) as error:
         # The attention that was asked for is unknown, or its package is missing.
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"model.attn_implementation: {first}") from None
+        raise InputError(f"model.attn_implementation: {first_line(error)}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "
@@ -125,11 +124,7 @@ def load_model(name: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
     except Exception as error:  # network, name, file format
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{name}: cannot be loaded as a model: {first}; give a folder that a run has finished, "
-            "or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from None
+        raise not_loaded(name, "model", error) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to("mps" if torch.backends.mps.is_available() else device).eval()
 
@@ -164,11 +159,7 @@ def _pretrained_config(name: str) -> GPT2Config:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"model.pretrained {name}: cannot be loaded: {first}; give an existing folder, or "
-            "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from None
+        raise not_loaded(f"model.pretrained {name}", "model", error) from None
     if not isinstance(config, GPT2Config):
         raise InputError(f"model.pretrained {name}: is a {config.model_type}, not a GPT-2")
     return config

@@ -30,6 +30,19 @@ class InputError(ValueError):
     """What a person gave cannot work; the message says what, where and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says in its first line, to be put into a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def not_loaded(name: str, kind: str, error: BaseException) -> InputError:
+    """Return the error for a model, tokenizer or data set that is neither here nor on the Hub."""
+    return InputError(
+        f"{name}: cannot be loaded as a {kind}: {first_line(error)}; give an existing folder, or "
+        "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+    )
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown keys refused, text read as the type that is asked."""
 

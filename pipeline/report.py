@@ -69,7 +69,7 @@ def draw_loss(history: list[dict[str, float]], path: Path) -> None:
 
 def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     """Return the model card, its numbers in the Hub's model-index form."""
-    source = ", ".join(recipe.data.files or [recipe.data.dataset])
+    source = _source(recipe)
     name = recipe.output_dir.resolve().name
     results = [
         EvalResult(
@@ -155,7 +155,7 @@ def summary(recipe: Recipe) -> str:
 
 
 def _made_from(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    source = ", ".join(recipe.data.files or [recipe.data.dataset])
+    source = _source(recipe)
     origin = f"from {recipe.model.pretrained}" if recipe.model.pretrained else "from scratch"
     return (
         f"GPT-2 with {metrics['parameters']:,} parameters, {origin}, trained on "
@@ -163,6 +163,11 @@ def _made_from(recipe: Recipe, metrics: dict[str, Any]) -> str:
         f"({metrics['eval_documents']} documents) for validation, "
         f"{metrics.get('test_bytes', 0):,} for the test"
     )
+
+
+def _source(recipe: Recipe) -> str:
+    """Name the text; of a file only its name, for the card is meant to be published."""
+    return ", ".join(Path(f).name for f in recipe.data.files or []) or recipe.data.dataset
 
 
 def _card_rows(metrics: dict[str, Any]) -> str:

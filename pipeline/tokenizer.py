@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline import artifact
 from pipeline.corpus import Corpus
-from pipeline.recipe import InputError, TokenizerSection
+from pipeline.recipe import InputError, TokenizerSection, not_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{name}: cannot be loaded as a tokenizer: {first}; give an existing folder, or check "
-            "the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from None
+        raise not_loaded(name, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: this tokenizer has no end-of-text token (eos_token)")
     if not getattr(tokenizer, "is_fast", False):
