@@ -10,9 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pipeline.checkpoint import FEWEST_KEPT
+from pipeline.corpus import read_text
 from pipeline.lr_schedule import schedule
 from pipeline.recipe import InputError, Recipe
 
@@ -42,6 +43,10 @@ OWNED = {
     "logging_nan_inf_filter": "a loss that is not a number is shown as it is",
     "dataloader_drop_last": "rows are full, and a last partial batch is left out",
     "remove_unused_columns": "batches come finished from the rows",
+    "restore_callback_states_from_checkpoint": "a resumed run goes on counting",
+    "label_smoothing_factor": "perplexity is exp of the plain cross-entropy",
+    "use_liger_kernel": "Liger has no kernels for GPT-2",
+    "include_num_input_tokens_seen": "tokens_seen stands in every log",
     "do_train": "pretrain.py trains",
     "do_eval": "use training.eval_strategy",
     "do_predict": "pretrain.py trains",
@@ -65,6 +70,8 @@ _SMALLEST = {
     "eval_steps": (0, "above"),
     "save_steps": (0, "above"),
     "seed": (0, "at least"),
+    "dataloader_num_workers": (0, "at least"),
+    "adam_epsilon": (0, "above"),
     "weight_decay": (0, "at least"),
     "max_grad_norm": (0, "at least"),
 }
@@ -98,6 +105,9 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
     patience = recipe.evaluation.early_stopping_patience
+    for file in recipe.evaluation.texts.values():
+        if not read_text(Path(file), errors=recipe.data.errors):
+            raise InputError(f"evaluation.texts: {file}: the file is empty")
     derived = {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
@@ -106,6 +116,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         "dataloader_drop_last": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "restore_callback_states_from_checkpoint": True,
         "ddp_find_unused_parameters": False,
         "ddp_static_graph": None,
     }
@@ -120,6 +131,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         defaults["greater_is_better"] = False
     try:
         arguments = TrainingArguments(**{**defaults, **stated, **derived})
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from None
     arguments.gradient_accumulation_steps = gradient_accumulation_steps(
@@ -139,7 +151,13 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         torch.set_num_threads(_threads())
         # Compiled GPT-2 on two threads otherwise adds embedding gradients in changing order.
         torch.use_deterministic_algorithms(True)
-    return recipe.with_values(precision=precision), arguments
+    chosen = {
+        "precision": precision,
+        "model": recipe.model.model_dump(exclude_unset=True)
+        | {"attn_implementation": recipe.model.attn_implementation or "sdpa"},
+        "training": {**recipe.training, "torch_compile": arguments.torch_compile},
+    }
+    return recipe.with_values(**chosen), arguments
 
 
 def gradient_accumulation_steps(
@@ -164,9 +182,31 @@ def gradient_accumulation_steps(
 
 
 def _check_values(stated: dict[str, Any]) -> None:
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= stated.get(name, 0.9) < 1:
+            raise InputError(f"training.{name}: must be at least 0 and below 1; got {stated[name]}")
+    if stated.get("seed", 0) >= 2**32:  # NumPy's generator takes 32 bits
+        raise InputError(f"training.seed: must be below 4294967296; got {stated['seed']}")
+    if "num_train_epochs" in stated and stated.get("max_steps", -1) > 0:
+        raise InputError(
+            "training.num_train_epochs and training.max_steps contradict each other; take one "
+            "back with null, as in --training.max_steps null"
+        )
+    metric = stated.get("metric_for_best_model", "loss").removeprefix("eval_")
+    if metric not in _LOWER_IS_BETTER:
+        raise InputError(
+            f"training.metric_for_best_model: {metric!r} is not measured; use one of "
+            f"{', '.join(sorted(_LOWER_IS_BETTER))}"
+        )
+    backend = stated.get("torch_compile_backend")
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise InputError(
+            f"training.torch_compile_backend: {backend!r} is not one of "
+            f"{', '.join(torch.compiler.list_backends(exclude_tags=()))}"
+        )
     for name, (smallest, word) in _SMALLEST.items():
         value = stated.get(name)
-        if value is None:
+        if value is None or (name, value) == ("max_steps", -1):  # the library's own "not given"
             continue
         fits = value >= smallest if word == "at least" else value > smallest
         if not fits:  # also NaN

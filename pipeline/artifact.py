@@ -120,7 +120,7 @@ def reusable(folder: Path, made_from: dict[str, Any]) -> bool:
     if changes:
         raise InputError(
             f"{folder}: was made by another recipe ({'; '.join(changes)}); "
-            "use --overwrite, or another --training.output_dir"
+            "remove that folder, or choose another --training.output_dir"
         )
     wrong = damage(folder)
     if wrong:

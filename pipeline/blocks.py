@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +47,36 @@ class Rows(torch.utils.data.Dataset):
         tokens: length of the stream that the rows were cut from.
         bytes: UTF-8 bytes of its text.
         scored_bytes: the same without those of the first token, which has no context.
+        fingerprint: sha256 of the file, None in memory.
     """
 
-    def __init__(self, ids: np.ndarray, *, tokens: int, bytes: int, scored_bytes: int) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        *,
+        tokens: int,
+        bytes: int,
+        scored_bytes: int,
+        fingerprint: str | None = None,
+    ) -> None:
         self._ids = ids
+        self.fingerprint = fingerprint
         self.tokens, self.bytes, self.scored_bytes = tokens, bytes, scored_bytes
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "Rows":
         """Return a prepared split, memory-mapped."""
-        facts = artifact.read_manifest(folder)["facts"][split]
+        manifest = artifact.read_manifest(folder)
+        facts = manifest["facts"][split]
         column = datasets.Dataset.from_file(str(folder / f"{split}.arrow")).data.column(COLUMN)
         # One record batch per file (see `_write_arrow`), so this is a view and not a copy.
         ids = column.chunk(0).flatten().to_numpy().reshape(column.length(), -1)
         return cls(
-            ids, tokens=facts["tokens"], bytes=facts["bytes"], scored_bytes=facts["scored_bytes"]
+            ids,
+            tokens=facts["tokens"],
+            bytes=facts["bytes"],
+            scored_bytes=facts["scored_bytes"],
+            fingerprint=manifest["files"][f"{split}.arrow"]["sha256"],
         )
 
     @classmethod
@@ -269,16 +286,20 @@ def _encoded(
         return
     # A forked worker shares the loaded libraries; elsewhere than on Linux forking is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(num_proc, _start_worker, (encoder,)) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,)) as pool:
         waiting: collections.deque = collections.deque()
-        for documents in _batches(corpus):
-            task = pool.apply_async(_encode, ([d.text for d in documents],))
-            waiting.append((documents, task))
-            if len(waiting) > 2 * num_proc:  # bounded, however large the corpus
-                documents, task = waiting.popleft()
-                yield documents, task.get()
-        for documents, task in waiting:
-            yield documents, task.get()
+        try:
+            for documents in _batches(corpus):
+                waiting.append((documents, pool.submit(_encode, [d.text for d in documents])))
+                if len(waiting) > 2 * num_proc:  # bounded, however large the corpus
+                    documents, task = waiting.popleft()
+                    yield documents, task.result()
+            for documents, task in waiting:
+                yield documents, task.result()
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that tokenises died (out of memory?): use a smaller --num_proc"
+            ) from None
 
 
 def _batches(corpus: Corpus) -> Iterator[list[Document]]:

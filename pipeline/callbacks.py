@@ -44,16 +44,12 @@ class SampleCallback(TrainerCallback):
         """Write one continuation per prompt, the same seed each time."""
         if not state.is_world_process_zero:
             return
+        settings = self._section.model_dump(exclude={"prompts"})
         for prompt in self._section.prompts:
-            text = prompt + continuation(
-                model,
-                self._tokenizer,
-                prompt,
-                max_new_tokens=self._section.max_new_tokens,
-                temperature=self._section.temperature,
-                top_k=self._section.top_k,
-                seed=self._section.seed,
-            )
+            try:
+                text = prompt + continuation(model, self._tokenizer, prompt, **settings)
+            except RuntimeError as error:  # a model that has diverged: its logits are no numbers
+                text = f"{prompt} (no sample: {error})"
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"--- update {state.global_step}\n{text}\n\n")
             tqdm.write(f"--- sample at update {state.global_step}\n{text}\n---")
@@ -67,7 +63,10 @@ class TrainingProgressCallback(ProgressCallback):
         self.current_step = 0
         if state.is_world_process_zero:
             self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="update", disable=None
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="update",
+                disable=args.disable_tqdm or None,
             )
             self.current_step = state.global_step
             self._started = time.perf_counter(), state.global_step

@@ -43,11 +43,13 @@ def newest_whole(run_folder: Path) -> Path | None:
 
 
 def chosen(run_folder: Path, resume: str) -> Path | None:
-    """Return the checkpoint that `--resume auto|must|PATH` means, or None for a fresh start.
+    """Return the checkpoint that `--resume auto|must|never|PATH` means, None for a fresh start.
 
     Raises:
         InputError: `must` and there is none, or the named one is damaged or not a checkpoint.
     """
+    if resume == "never":
+        return None
     if resume in ("auto", "must"):
         found = newest_whole(run_folder)
         if found is None and resume == "must":

@@ -19,8 +19,9 @@ from pipeline.recipe import (
     InputError,
     Recipe,
     Section,
-    _sentence,
+    Temperature,
     read_recipe,
+    sentence_of,
 )
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -77,13 +78,13 @@ class GenerateOptions(Section):
     """Beginning to continue."""
     max_new_tokens: int = Field(80, ge=1)
     """Length of the continuation in tokens; it stops earlier at end-of-text."""
-    temperature: float = Field(0.8, ge=0)
+    temperature: Temperature = 0.8
     """Divides the logits; 0 is greedy."""
     top_k: int = Field(40, ge=0)
     """Sample among this many most likely tokens; 0: all."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample among the most likely tokens that together have this probability."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the sampling."""
 
 
@@ -122,7 +123,7 @@ def read_command_line(
     for key in rest:
         if key.split(".")[0] not in Recipe.model_fields:
             raise InputError(_unknown_option(key, [*options.model_fields, *Recipe.model_fields]))
-    recipe = read_recipe(Path(door.config) if door.config else DEFAULT_RECIPE, rest)
+    recipe = read_recipe(DEFAULT_RECIPE if door.config is None else Path(door.config), rest)
     if door.print_config:
         _finish(yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True))
     return recipe, door
@@ -185,7 +186,15 @@ def _value(key: str, words: list[str], options: type[Section]) -> Any:
         return words
     word = words[0]
     # Text stays text (a prompt may look like YAML); only what cannot be text is read as YAML.
-    return yaml.safe_load(word) if word == "null" or word[:1] in "[{" and "." in key else word
+    if word != "null" and not (word.startswith(("[", "{")) and "." in key):
+        return word
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--{key}: {word!r} begins like a YAML list or mapping and is none; put text that "
+            "begins with a bracket in quotes of its own, as in '\"[a\"'"
+        ) from None
 
 
 def _option_name(options: type[Section], name: str) -> str:
@@ -203,7 +212,7 @@ def _options(options: type[Section], given: dict[str, Any]) -> Any:
         if first["type"] == "missing":
             raise InputError(f"--{key} is required; --help lists the options") from None
         overrides = {key: given.get(key)}
-        raise InputError(_sentence(error, options, overrides, Path("command line"))) from None
+        raise InputError(sentence_of(error, options, overrides, Path("command line"))) from None
 
 
 def _unknown_option(key: str, known: list[str]) -> str:

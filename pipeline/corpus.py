@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import logging
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ import pyarrow.json
 import pyarrow.parquet
 
 from pipeline.recipe import DataSection, InputError, first_line, not_loaded
-
-logger = logging.getLogger(__name__)
 
 STANDARD_LIBRARY = "python:stdlib"
 SPLITS = ("train", "validation", "test")
@@ -157,8 +154,11 @@ class Corpus:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self._paths:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         if self._hub is not None:
             digest.update(self._hub._fingerprint.encode())
         return digest.hexdigest()
@@ -207,7 +207,8 @@ def read_files(names: list[str], *, errors: str = "strict") -> list[str]:
     texts = []
     for name in names:
         if not Path(name).is_file():
-            raise InputError(f"{name}: no such file; looked in {Path.cwd()}")
+            kind = "a folder; name the files in it" if Path(name).is_dir() else "no such file"
+            raise InputError(f"{name}: {kind}; looked in {Path.cwd()}")
         texts.append(read_text(Path(name), errors=errors))
         if not texts[-1]:
             raise InputError(f"{name}: the file is empty; there is nothing to score")

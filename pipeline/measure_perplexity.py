@@ -3,8 +3,10 @@
 python pipeline/measure_perplexity.py --model outputs/quickstart --files a.txt b.txt
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.command_line import MeasureOptions, enter, read_options
 
@@ -16,9 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: these imports take seconds, and --help should not.
     from pipeline.corpus import read_files
     from pipeline.model import load_model
-    from pipeline.perplexity import load_metric, save_numbers
+    from pipeline.perplexity import check_target, load_metric
     from pipeline.tokenizer import load_tokenizer
 
+    check_target(options.json_)
     texts = read_files(options.files, errors=options.errors)
     numbers = load_metric().compute(
         predictions=texts,
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     sys.stdout.write("\n".join(f"{name:<15}{value:>16,}" for name, value in numbers.items()) + "\n")
     if options.json_:
-        save_numbers(numbers, options.json_)
+        Path(options.json_).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
             f"model.config.n_embd: {config.n_embd} is not a multiple of n_head {config.n_head}; "
             "every head has n_embd / n_head dimensions"
         )
+    for name in NO_DROPOUT:
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(
+                f"model.config.{name}: is a probability, at least 0 and below 1; got "
+                f"{section.config[name]}"
+            )
     if config.activation_function not in ACT2FN:
         raise InputError(
             f"model.config.activation_function: {config.activation_function!r} is not one of "
@@ -96,9 +102,12 @@ def build_model(
                 end_of_text=end_of_text,
             )
             model = GPT2LMHeadModel._from_config(config, **options)
-    except (ValueError, ImportError) as error:
-        # The attention that was asked for is unknown, or its package is missing.
-        raise InputError(f"model.attn_implementation: {first_line(error)}") from None
+    except Exception as error:  # an attention unknown or not installed; weights missing or torn
+        if "attn_implementation" in str(error) or isinstance(error, ImportError):
+            raise InputError(f"model.attn_implementation: {first_line(error)}") from None
+        if section.pretrained is None:
+            raise InputError(f"model.config: {first_line(error)}") from None
+        raise not_loaded(f"model.pretrained {section.pretrained}", "model", error) from None
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "

@@ -8,6 +8,7 @@ UTF-8 bytes that those tokens stand for; no mean of batch means, no dependence o
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,21 @@ def load_metric() -> evaluate.Metric:
     return evaluate.load(str(Path(__file__).parent / "metrics" / "token_perplexity"))
 
 
-def save_numbers(numbers: dict[str, float], path: str) -> None:
-    """Write numbers as JSON.
+def check_target(path: str | None) -> None:
+    """Check before the work that numbers can be written to `path` without harm.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: its folder cannot be written to, or it holds something other than JSON.
     """
-    try:
-        Path(path).write_text(json.dumps(numbers, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    if path is None:
+        return
+    target = Path(path)
+    if not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise InputError(f"--json {path}: cannot be written; give a file in a folder that can")
+    if target.exists():
+        try:
+            json.loads(target.read_text())
+        except ValueError:
+            raise InputError(
+                f"--json {path}: holds something other than JSON; name another"
+            ) from None

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     corpus = Corpus(recipe.data)
     tokenizer = obtain_tokenizer(
-        recipe.tokenizer, corpus, recipe.tokenizer_dir, otherwise=recipe.model.pretrained
+        recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
     )
     obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir, num_proc=options.num_proc)
     sys.stdout.write(f"rows in {recipe.blocks_dir}\n")

@@ -25,26 +25,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, arguments = training_arguments(recipe)
     check_model(recipe.model, block_size=recipe.data.block_size)
     is_main = arguments.process_index == 0
-    if run_folder.claim(recipe, options, is_main_process=is_main) != "finished":
-        with arguments.main_process_first(local=False):
-            corpus = Corpus(recipe.data)
-            tokenizer = obtain_tokenizer(
-                recipe.tokenizer, corpus, recipe.tokenizer_dir, otherwise=recipe.model.pretrained
+    with run_folder.opened(recipe, options, is_main_process=is_main) as run:
+        if not run.finished:
+            with arguments.main_process_first(local=False):
+                corpus = Corpus(recipe.data)
+                tokenizer = obtain_tokenizer(
+                    recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
+                )
+                blocks = obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
+            model = build_model(
+                recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
             )
-            blocks = obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
-        model = build_model(
-            recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
-        )
-        trainer = PretrainingTrainer(
-            recipe, arguments, model=model, tokenizer=tokenizer, blocks=blocks
-        )
-        with run_folder.running(recipe, is_main_process=is_main):
+            trainer = PretrainingTrainer(
+                recipe, arguments, model=model, tokenizer=tokenizer, blocks=blocks
+            )
+            run.begin(recipe)
             trainer.train_from(options.resume)
             trainer.save_result()
             metrics, sample = trainer.result(blocks)
-            history = trainer.state.log_history
             if is_main:
-                report.write_report(recipe, metrics, sample, history, tokenizer)
+                report.write_report(recipe, metrics, sample, trainer.history, tokenizer)
     if is_main:
         sys.stdout.write(f"\n{report.summary(recipe)}\n")
 

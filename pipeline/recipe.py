@@ -7,10 +7,18 @@ installed source, which is read and not imported, so that a misspelt key costs n
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from pipeline.library_fields import LibraryField, model_config_fields, training_fields
 
@@ -52,7 +60,24 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         coerce_numbers_to_str=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+
+def _listed(values: Any, name: str) -> Any:
+    """Return a section's values in which one text stands for a list of one."""
+    if isinstance(values, dict) and isinstance(values.get(name), str):
+        values = {**values, name: [values[name]]}
+    return values
+
+
+def _greedy_or_not_tiny(value: float) -> float:
+    if 0 < value < 0.01:  # dividing logits by less overflows
+        raise ValueError("temperature must be 0 (greedy) or at least 0.01")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_not_tiny)]
 
 
 class TokenizerSection(Section):
@@ -84,7 +109,7 @@ class DataSection(Section):
     hold_out: Literal["auto", "documents", "tail"] = "auto"
     """Hold out whole documents by a hash of their text, or the end of every document (auto: the
     tail when there are fewer than 100 documents)."""
-    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share held out for validation."""
     test_fraction: float = Field(0.05, ge=0, lt=1)
     """Share held out for the final test."""
@@ -96,9 +121,7 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_file_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("files"), str):
-            values = {**values, "files": [values["files"]]}
-        return values
+        return _listed(values, "files")
 
     @model_validator(mode="after")
     def _one_corpus(self) -> "DataSection":
@@ -169,12 +192,17 @@ class GenerationSection(Section):
     """Beginnings to continue."""
     max_new_tokens: int = Field(64, ge=1)
     """Length of a continuation in tokens."""
-    temperature: float = Field(0.8, ge=0)
+    temperature: Temperature = 0.8
     """Divides the logits; 0 is greedy."""
     top_k: int = Field(40, ge=0)
     """Sample among this many most likely tokens; 0: all."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the samples."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_prompt_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "prompts")
 
 
 class Recipe(Section):
@@ -195,6 +223,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> "Recipe":
+        if self.model.pretrained is not None and self.tokenizer.vocab_size is not None:
+            raise ValueError(
+                "a tokenizer trained anew does not fit a pretrained model; leave out "
+                "tokenizer.vocab_size (null takes it back) to use the model's own"
+            )
         given = [self.tokenizer.vocab_size is not None, self.tokenizer.pretrained is not None]
         if all(given):
             raise ValueError("give only one of tokenizer.vocab_size and tokenizer.pretrained")
@@ -251,13 +284,13 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     for key, value in overrides.items():
         _lay_over(values, key, value)
     origin = f"{path}" + ("" if not overrides else " with the command line")
-    training = values.get("training") or {}
+    training = {} if values.get("training") is None else values["training"]
     if isinstance(training, dict) and training.get("output_dir") is None:
         values["training"] = {**training, "output_dir": f"outputs/{path.stem}"}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise InputError(_sentence(error, Recipe, overrides, path)) from None
+        raise InputError(sentence_of(error, Recipe, overrides, path)) from None
     training = _check_library_fields(
         "training", recipe.training, training_fields(), overrides, path
     )
@@ -284,10 +317,11 @@ def _check_library_fields(
     )
     # YAML reads a bare `no` as false; the strategies of transformers spell it "no".
     values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in values.items()}
+    values = {k: v for k, v in values.items() if v is not None}  # null takes a value back
     try:
         return model.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise InputError(_sentence(error, model, overrides, path, section)) from None
+        raise InputError(sentence_of(error, model, overrides, path, section)) from None
 
 
 def _lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -299,7 +333,7 @@ def _lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _sentence(
+def sentence_of(
     error: ValidationError,
     model: type[BaseModel],
     overrides: dict[str, Any],
@@ -321,7 +355,8 @@ def _sentence(
         known = _names_beside(model, parts)
         close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
         beside = key.removesuffix(parts[-1])
-        remedy = f"did you mean {beside}{close[0]}?" if close else f"known: {', '.join(known)}"
+        listed = ", ".join(known) if len(known) < 20 else f"--help {section} lists them"
+        remedy = f"did you mean {beside}{close[0]}?" if close else f"known: {listed}"
         return f"{where}: unknown key; {remedy}"
     if finding["type"] == "missing":
         return f"{where}: this key is required"

@@ -1,17 +1,17 @@
 """One run's folder: whose it is, what state it is in, and that nobody else's is overwritten."""
 
 import contextlib
+import fcntl
 import json
 import os
-import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import artifact
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint import checkpoints, newest_whole
 from pipeline.command_line import PretrainOptions
 from pipeline.recipe import InputError, Recipe, read_recipe
 
@@ -26,75 +26,61 @@ RESULTS = (
 )  # fmt: skip
 
 
-def claim(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -> str:
-    """Return the state of the recipe's run folder: "new", "unfinished" or "finished".
+class Run(NamedTuple):
+    """A folder that is ours for as long as the process lives."""
 
-    Every process looks; only the main one removes an earlier run, and only if told to.
-
-    Raises:
-        InputError: the folder cannot be written to, or holds another run or foreign files.
-    """
-    folder = recipe.output_dir
-    _probe(folder)
-    status = read_status(folder)
-    if status is not None:
-        _check_not_running(folder, status)
-    if options.overwrite:
-        if is_main_process:
-            _clear(folder)
-        return "new"
-    if status is None:
-        foreign = [name for name in RESULTS if (folder / name).exists()]
-        if foreign:
-            raise InputError(
-                f"{folder}: holds {foreign[0]} that no run of ours wrote; choose another "
-                "--training.output_dir"
-            )
-        return "new"
-    if status["state"] != "finished" and not checkpoints(folder):
-        return "new"  # nothing is there to lose
-    if options.resume == "never":
-        raise InputError(
-            f"{folder}: holds a run ({status['state']}), and --resume never starts a fresh one; "
-            "add --overwrite to remove it, or choose another --training.output_dir"
-        )
-    changes = artifact.differences(_comparable(saved_recipe(folder)), _comparable(recipe))
-    if changes:
-        raise InputError(
-            f"{folder}: holds another run ({'; '.join(changes)}); choose another "
-            "--training.output_dir, or add --overwrite to remove it"
-        )
-    return "finished" if status["state"] == "finished" else "unfinished"
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run of ours wrote: results, whole artifacts, reporters' logs."""
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
-    for part in [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]:
-        if artifact.read_manifest(part) is not None:
-            shutil.rmtree(part)
+    finished: bool
+    begin: Callable[[Recipe], None]
+    """Call it when training starts: saves the recipe, and lets go of a run being overwritten."""
 
 
 @contextlib.contextmanager
-def running(recipe: Recipe, *, is_main_process: bool) -> Iterator[None]:
-    """Keep the status file true while the block runs: running, then finished or failed (why)."""
+def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -> Iterator[Run]:
+    """Yield the recipe's run folder, claimed; keep its status file true until the block ends.
+
+    Until `begin` is called, an earlier run that `--overwrite` replaces is only set aside, and
+    comes back if the block fails. Only the main process writes.
+
+    Raises:
+        InputError: the folder cannot be written to, is in use, or holds another run or foreign
+            files; or `--resume` names nothing to resume.
+    """
     folder = recipe.output_dir
+    _check_writable(folder)
+    with _locked(folder) if is_main_process else contextlib.nullcontext():
+        state = _claim(recipe, options)
+        if state == "finished":
+            yield Run(True, lambda _: None)
+            return
+        aside = folder / "_overwritten"
+        if is_main_process and options.overwrite:
+            _move(_ours(folder), aside)
+        begun = False
 
-    def write(state: str, **more: Any) -> None:
-        if is_main_process:
-            status = {"state": state, "time": time.time(), "host": platform.node()}
-            _write_json(folder / STATUS, status | more)
+        def write(new_state: str, **more: Any) -> None:
+            if is_main_process:
+                _write_json(folder / STATUS, {"state": new_state, "time": time.time(), **more})
 
-    if is_main_process:
-        recipe.save(folder / CONFIG)
-    write("running", pid=os.getpid())
-    try:
-        yield
-    except BaseException as error:
-        write("failed", why=f"{type(error).__name__}: {error}".strip())
-        raise
-    write("finished")
+        def begin(resolved: Recipe) -> None:
+            nonlocal begun
+            begun = True
+            if is_main_process:
+                resolved.save(folder / CONFIG)
+                shutil.rmtree(aside, ignore_errors=True)
+            write("running", pid=os.getpid())
+
+        try:
+            yield Run(False, begin)
+        except BaseException as error:
+            if begun or state == "new" and not aside.exists():
+                write("failed", why=f"{type(error).__name__}: {error}".strip())
+            elif is_main_process and aside.exists():
+                _move(_ours(folder), folder / "_failed")
+                shutil.rmtree(folder / "_failed", ignore_errors=True)
+                _move(list(aside.iterdir()), folder)
+                aside.rmdir()
+            raise
+        write("finished")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -105,35 +91,69 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def saved_recipe(folder: Path) -> Recipe:
-    """Return the recipe of the run in `folder`."""
-    return read_recipe(folder / CONFIG)
+def _claim(recipe: Recipe, options: PretrainOptions) -> str:
+    """Return "new", "unfinished" or "finished"; look only."""
+    folder, resume = recipe.output_dir, options.resume
+    if resume not in ("auto", "must", "never") and (wrong := artifact.damage(Path(resume))):
+        raise InputError(f"--resume {resume}: {wrong}; name a whole checkpoint, or use auto")
+    status = read_status(folder)
+    if status is None:
+        foreign = [name for name in RESULTS if (folder / name).exists()]
+        if foreign:
+            raise InputError(
+                f"{folder}: holds {foreign[0]} that no run of ours wrote; choose another "
+                "--training.output_dir"
+            )
+    if resume == "must" and (options.overwrite or newest_whole(folder) is None):
+        raise InputError(f"--resume must: no whole checkpoint in {folder}")
+    # A run that failed before its first checkpoint holds nothing to lose.
+    if options.overwrite or status is None:
+        return "new"
+    if status["state"] != "finished" and not checkpoints(folder):
+        return "new"
+    if resume == "never":
+        raise InputError(
+            f"{folder}: holds a run ({status['state']}), and --resume never starts a fresh one; "
+            "add --overwrite to remove it, or choose another --training.output_dir"
+        )
+    if not (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder}: its {CONFIG} is gone, so that nobody can tell which run this is; add "
+            "--overwrite to remove it, or choose another --training.output_dir"
+        )
+    changes = artifact.differences(comparable(read_recipe(folder / CONFIG)), comparable(recipe))
+    if changes:
+        raise InputError(
+            f"{folder}: holds another run ({'; '.join(changes)}); choose another "
+            "--training.output_dir, or add --overwrite to remove it"
+        )
+    is_finished = status["state"] == "finished" and (folder / METRICS).exists()
+    return "finished" if is_finished else "unfinished"
 
 
-def _check_not_running(folder: Path, status: dict[str, Any]) -> None:
-    pid = status.get("pid")
-    if status["state"] != "running" or status["host"] != platform.node() or pid == os.getpid():
-        return
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:  # it died without a word, by kill -9 say
-        return
-    except PermissionError:
-        pass
-    raise InputError(
-        f"{folder}: process {pid} is training in it now; wait for it, end it, or choose another "
-        "--training.output_dir"
-    )
-
-
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.as_dict()
+def comparable(recipe: Recipe) -> dict[str, Any]:
+    """Return what makes two runs the same run: every value, defaults too, but not the place."""
+    values = recipe.model_dump(mode="json")
     # A folder may be moved or reached by another path and still hold the same run.
     values["training"] = {k: v for k, v in values["training"].items() if k != "output_dir"}
     return values
 
 
-def _probe(folder: Path) -> None:
+def _ours(folder: Path) -> list[Path]:
+    """Return what a run of ours wrote: results, whole artifacts, TensorBoard's logs."""
+    parts = [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]
+    found = [part for part in parts if artifact.read_manifest(part) is not None]
+    found += [folder / name for name in (*RESULTS, "runs")]
+    return [path for path in found if path.exists()]
+
+
+def _move(paths: list[Path], target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in paths:
+        os.replace(path, target / path.name)
+
+
+def _check_writable(folder: Path) -> None:
     probe = folder / f"_probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +163,27 @@ def _probe(folder: Path) -> None:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); choose another --training.output_dir"
         ) from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder; the lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(
+            f"{folder}: another process is at work in it; wait for it, end it, or choose another "
+            "--training.output_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

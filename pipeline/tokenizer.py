@@ -20,17 +20,24 @@ END_OF_TEXT = "<|endoftext|>"  # bos, eos and pad, as in GPT-2
 
 
 def obtain_tokenizer(
-    section: TokenizerSection, corpus: Corpus, folder: Path, *, otherwise: str | None = None
+    section: TokenizerSection, corpus: Corpus, folder: Path, *, model: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Return the recipe's tokenizer: loaded, found in `folder`, or trained and kept there.
 
-    `otherwise` names the tokenizer to load where the section neither trains nor names one.
+    `model` is the pretrained model to go on from, if any: its tokenizer is the default.
 
     Raises:
         InputError: see `train_tokenizer` and `load_tokenizer`, or the folder holds another one.
     """
     if section.vocab_size is None:
-        return load_tokenizer(section.pretrained or otherwise)
+        tokenizer = load_tokenizer(section.pretrained or model)
+        if section.pretrained is not None and model is not None:
+            if load_tokenizer(model).get_vocab() != tokenizer.get_vocab():
+                raise InputError(
+                    f"tokenizer.pretrained {section.pretrained}: its entries are not those that "
+                    f"{model} was trained with; leave out tokenizer.pretrained"
+                )
+        return tokenizer
     made_from = {"tokenizer": {"vocab_size": section.vocab_size}, "corpus": corpus.identity}
     if not artifact.reusable(folder, made_from):
         with artifact.staged(folder, made_from) as (staging, _):

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe.tokenizer,
         Corpus(recipe.data),
         recipe.tokenizer_dir,
-        otherwise=recipe.model.pretrained,
+        model=recipe.model.pretrained,
     )
     sys.stdout.write(f"tokenizer of {len(tokenizer):,} entries: {tokenizer.name_or_path}\n")
 

@@ -6,6 +6,7 @@ and why stands at each method.
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -17,7 +18,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import artifact, checkpoint
@@ -33,7 +39,9 @@ from pipeline.generation import continuation
 from pipeline.lr_schedule import schedule
 from pipeline.model import load_model, parameter_count
 from pipeline.perplexity import Score, bits_per_byte, perplexity, sum_nats
-from pipeline.recipe import InputError, Recipe
+from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.run_folder import comparable
+from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +69,12 @@ class PretrainingTrainer(Trainer):
         self._last_log = (0.0, 0)
         self._first_step: int | None = None  # the update that this process began with
         self.compile_seconds = 0.0  # the first update, which compiles
-        self.train_seconds = 0.0
+        self._started = time.perf_counter()
+        self._spent_before: dict[str, float] = {}
+        self._fingerprints = {
+            "rows": blocks["train"].fingerprint,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
         rows_per_update = recipe.tokens_per_update // recipe.data.block_size
         if len(blocks["train"]) < rows_per_update:
             raise InputError(
@@ -73,14 +86,17 @@ class PretrainingTrainer(Trainer):
         if recipe.evaluation.tokens is not None:
             held_out = held_out.first(recipe.evaluation.tokens, tokenizer)
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=blocks["train"],
-            eval_dataset=held_out,
-            data_collator=collate,
-            processing_class=tokenizer,
-        )
+        try:
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=blocks["train"],
+                eval_dataset=held_out,
+                data_collator=collate,
+                processing_class=tokenizer,
+            )
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise InputError(f"training: {first_line(error)}") from None
         assert self._loss_shifts_labels  # else the loss is divided by the wrong number of tokens
         for line in self._derived():
             logger.info("%s", line)
@@ -92,11 +108,20 @@ class PretrainingTrainer(Trainer):
         Raises:
             InputError: there is no such checkpoint, or the device's memory does not suffice.
         """
-        folder = Path(self.args.output_dir)
-        found = None if resume == "never" else checkpoint.chosen(folder, resume)
+        found = checkpoint.chosen(Path(self.args.output_dir), resume)
         if found is not None:
+            manifest = artifact.read_manifest(found)
+            changes = artifact.differences(manifest["made_from"], self._origin())
+            if changes:
+                raise InputError(
+                    f"{found}: is a checkpoint of another run ({'; '.join(changes)}); resume it "
+                    "with its own recipe and text, or start anew in another --training.output_dir"
+                )
             logger.info("resuming from %s", found)
-        started = time.perf_counter()
+            self._spent_before = manifest["facts"]
+            if self._has_ended(found):
+                return
+        self._started = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(found) if found else None)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -104,7 +129,23 @@ class PretrainingTrainer(Trainer):
                 raise
             raise InputError(_out_of_memory_sentence(self.recipe, self.args)) from None
         self._watch.pause()
-        self.train_seconds = time.perf_counter() - started
+
+    def _has_ended(self, found: Path) -> bool:
+        """Load a checkpoint of the last update; Trainer would train another one after it."""
+        state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if state.global_step < self.args.max_steps and not control.get("should_training_stop"):
+            return False
+        self.state = state
+        best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        wanted = best if self.args.load_best_model_at_end and best.is_dir() else found
+        self._load_from_checkpoint(str(wanted))
+        return True
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Every log of the run, those before a resume too."""
+        return self.state.log_history
 
     def save_result(self) -> None:
         """Write model and tokenizer into the run folder, each file whole or as it was."""
@@ -140,15 +181,16 @@ class PretrainingTrainer(Trainer):
             sample = prompt + continuation(model, self.processing_class, prompt, **settings)
         metrics |= {
             "train_tokens": self.state.global_step * self.recipe.tokens_per_update,
-            "train_tokens_per_second": self.tokens_per_second,
-            "train_seconds": self.train_seconds,
-            "compile_seconds": self.compile_seconds,
+            "train_tokens_per_second": self._spent["tokens_per_second"],
+            "train_seconds": self._spent["train_seconds"],
+            "compile_seconds": self._spent["compile_seconds"],
             "train_bytes": blocks["train"].bytes,
             "parameters": parameter_count(self.model),
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
             "device": _device_name(self.args.device),
             "precision": self.recipe.precision,
+            "block_size": self.recipe.data.block_size,
         }
         return metrics, sample
 
@@ -176,6 +218,17 @@ class PretrainingTrainer(Trainer):
                     updates * self.recipe.tokens_per_update / (now - seconds)
                 )
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        """Shuffle all rows each epoch and leave out what makes no whole update.
+
+        Trainer would end each epoch in a smaller update, and `tokens_per_update` were not kept.
+        """
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        per_update = self.recipe.tokens_per_update // self.recipe.data.block_size
+        return torch.utils.data.RandomSampler(
+            rows, num_samples=len(rows) // per_update * per_update
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Time the first update apart: it holds the compilation."""
@@ -253,11 +306,12 @@ class PretrainingTrainer(Trainer):
             finally:
                 staging, self._staging = self._staging, None
             self.accelerator.wait_for_everyone()
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(folder / name)
+            if self.state.best_global_step:  # by its number: a run folder may have been moved
+                best = folder / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                artifact.commit(staging / name, folder / name, self._origin(), {})
+                artifact.commit(staging / name, folder / name, self._origin(), self._spent)
                 shutil.rmtree(staging)
                 checkpoint.rotate(
                     folder,
@@ -303,10 +357,25 @@ class PretrainingTrainer(Trainer):
         return Score(nats=nats, tokens=rows.tokens - 1, bytes=rows.scored_bytes)
 
     def _origin(self) -> dict[str, Any]:
+        return {"recipe": comparable(self.recipe), **self._fingerprints}
+
+    @property
+    def _spent(self) -> dict[str, float]:
+        """Seconds and updates up to now, those before a resume included."""
+        before = self._spent_before
+        seconds = self._watch.seconds + before.get("update_seconds", 0.0)
+        updates = before.get("timed_updates", 0)
+        train_seconds = before.get("train_seconds", 0.0)
+        if self._first_step is not None:
+            updates += max(0, self.state.global_step - self._first_step - 1)
+            train_seconds += time.perf_counter() - self._started
+        rate = updates * self.recipe.tokens_per_update / seconds if updates else 0.0
         return {
-            "recipe": self.recipe.as_dict(),
-            "world_size": self.args.world_size,
-            "threads": torch.get_num_threads(),
+            "train_seconds": train_seconds,
+            "compile_seconds": before.get("compile_seconds", 0.0) + self.compile_seconds,
+            "update_seconds": seconds,
+            "timed_updates": updates,
+            "tokens_per_second": rate or self.tokens_per_second,
         }
 
     def _derived(self) -> list[str]:
@@ -316,7 +385,7 @@ class PretrainingTrainer(Trainer):
         per_update = self.recipe.tokens_per_update // block_size
         updates = arguments.max_steps
         if updates < 0:
-            updates = int(arguments.num_train_epochs * (rows // per_update))
+            updates = math.ceil(arguments.num_train_epochs * (rows // per_update))
         return [
             f"model: {parameter_count(self.model):,} parameters, vocabulary {config.vocab_size:,}, "
             f"{config.n_positions:,} positions, end-of-text is id {config.eos_token_id}",
@@ -344,11 +413,8 @@ class PretrainingTrainer(Trainer):
 
     def _join_callbacks(self, tokenizer: PreTrainedTokenizerBase) -> None:
         section, arguments = self.recipe.evaluation, self.args
-        if not arguments.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingProgressCallback())
-        else:
-            self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+        self.add_callback(TrainingProgressCallback())
         if section.texts:
             texts = {
                 name: Rows.held_out(

@@ -225,7 +225,7 @@ def test_another_recipe_is_spelled_out(tmp_path):
     message = str(caught.value)
     assert message.startswith(f"{folder}: was made by another recipe")
     assert "data.block_size: 16 -> 32" in message and 'tokenizer: "abc" -> "xyz"' in message
-    assert "shares" not in message and "--overwrite" in message
+    assert "shares" not in message and "remove that folder" in message
     assert artifact.damage(folder) is None
 
 

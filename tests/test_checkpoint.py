@@ -83,6 +83,7 @@ def test_what_resume_means(tmp_path):
     with pytest.raises(InputError, match="--resume must: no whole checkpoint in"):
         checkpoint.chosen(tmp_path, "must")
     folder = make(tmp_path, 10)
+    assert checkpoint.chosen(tmp_path, "never") is None
     assert checkpoint.chosen(tmp_path, "auto") == folder
     assert checkpoint.chosen(tmp_path, str(folder)) == folder
     with pytest.raises(InputError, match="--resume elsewhere: .*missing.*name a whole checkpoint"):

@@ -46,6 +46,14 @@ def test_one_file_is_a_list_of_one():
     assert parse("--data.files", "my_book.txt")[0].data.files == ["my_book.txt"]
 
 
+def test_one_prompt_is_a_list_of_one():
+    assert parse("--generation.prompts", "def ")[0].generation.prompts == ["def "]
+
+
+def test_null_takes_a_field_of_the_library_back():
+    assert "max_steps" not in parse("--training.max_steps", "null")[0].training
+
+
 def test_null_takes_a_choice_back():
     recipe, _ = parse("--data.files", "null", "--data.dataset", "a/b")
     assert recipe.data.files is None and recipe.data.dataset == "a/b"
@@ -60,6 +68,14 @@ def test_null_takes_a_choice_back():
         (["quickstart"], "'quickstart' stands alone"),
         (["--training.seed", "1", "--training.seed", "2"], "--training.seed is given twice"),
         (["--overwrite", "perhaps"], "--overwrite"),
+        (["--data.files", "[draft].txt"], "begins like a YAML list or mapping and is none"),
+        (["--evaluation.texts", "{x: 3"], "begins like a YAML list or mapping and is none"),
+        (["--training.output_dir", ""], "training.output_dir is empty"),
+        (["--config", ""], "cannot be read as a recipe"),
+        (["--generation.temperature", "1e-45"], "must be 0 (greedy) or at least 0.01"),
+        (["--schedule.warmup_steps", "inf"], "--schedule.warmup_steps"),
+        (["--generation.seed", "99999999999999999999"], "--generation.seed"),
+        (["--training.qqq", "1"], "known: --help training lists them"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
     ],
 )

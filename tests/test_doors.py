@@ -87,6 +87,50 @@ def test_fine_tuning_goes_on_from_a_folder(finished_run, corpus_folder, tmp_path
     assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == 32
 
 
+def test_weights_that_are_torn_are_one_sentence(run_copy, corpus_folder, tmp_path):
+    path = run_copy / "model.safetensors"
+    recipe = ROOT / "recipes" / "gpt2_finetune.yaml"
+    argv = [
+        "--config", str(recipe), "--model.pretrained", str(run_copy), "--data.files",
+        str(corpus_folder), "--data.block_size", "16", "--tokens_per_update", "256",
+        "--training.output_dir", str(tmp_path / "new"),
+    ]  # fmt: skip
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded as a model"):
+        pretrain.main(argv)
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be loaded as a model"):
+        pretrain.main(argv)
+
+
+def test_a_tokenizer_that_is_not_the_model_s_is_refused(
+    finished_run, corpus_folder, tokenizer, tmp_path
+):
+    tokenizer.save_pretrained(tmp_path / "other")
+    recipe = ROOT / "recipes" / "gpt2_finetune.yaml"
+    with pytest.raises(InputError, match="its entries are not those that .* was trained with"):
+        pretrain.main(
+            ["--config", str(recipe), "--model.pretrained", str(finished_run),
+             "--tokenizer.pretrained", str(tmp_path / "other"), "--data.files",
+             str(corpus_folder), "--data.block_size", "16", "--tokens_per_update", "256",
+             "--training.output_dir", str(tmp_path / "new")]
+        )  # fmt: skip
+
+
+def test_a_dead_worker_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
+    """Out of memory kills a worker without a word; a plain pool would wait for it for ever."""
+    monkeypatch.setattr("pipeline.blocks._encode", _die)
+    with pytest.raises(InputError, match="a process that tokenises died"):
+        prepare_data.main(
+            ["--config", str(smoke_recipe), "--training.output_dir", str(tmp_path),
+             "--num_proc", "2"]
+        )  # fmt: skip
+
+
+def _die(texts, encoder=None):
+    os._exit(9)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(smoke_recipe, tmp_path):
     """torchrun on gloo: same global batch, same losses, same held-out number."""
@@ -126,7 +170,10 @@ def write_bad_texts(folder: Path) -> None:
         ("--data.files rows.jsonl", "no column 'text'; it has body"),
         ("--tokenizer.vocab_size 9999", "gives only"),
         ("--data.files short.txt --tokenizer.vocab_size 257", "a row needs 32"),
-        ("--data.validation_fraction 0", "no text is held out"),
+        ("--data.validation_fraction 0", "greater than 0"),
+        ("--data.validation_fraction 1e-9 --data.hold_out documents", "no text is held out"),
+        ("--resume atuo", "name a whole checkpoint, or use auto"),
+        ("--model.config.resid_pdrop 2", "is a probability, at least 0 and below 1"),
         ("--model.config.vocab_size 512", "is derived, leave it out"),
         ("--training.gradient_accumulation_steps 2", "is derived from"),
         ("--precision fp16 --training.use_cpu true", "needs a CUDA GPU"),
@@ -136,7 +183,10 @@ def write_bad_texts(folder: Path) -> None:
         ("--resume must", "no whole checkpoint in"),
         ("--evaluation.texts {book:\u00a0nowhere.txt}", "nowhere.txt: cannot be read"),
         ("--model.attn_implementation flsh", "model.attn_implementation: "),
-        ("--model.pretrained . --model.config null", "no model in this folder"),
+        (
+            "--model.pretrained . --model.config null --tokenizer.vocab_size null",
+            "no model in this folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
@@ -181,6 +231,7 @@ def test_bytes_can_be_replaced(smoke_recipe, tmp_path):
             ["--model", "RUN", "--files", "a.txt", "--json", "no/where.json"],
             "no/where.json: cannot be written",
         ),
+        (measure_perplexity, ["--model", "RUN", "--files", "."], "a folder; name the files in it"),
     ],
 )
 def test_mistakes_at_the_other_doors(finished_run, tmp_path, monkeypatch, door, argv, words):

@@ -1,7 +1,6 @@
 """Nats, perplexity and bits per byte, against sums made another way."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -12,9 +11,9 @@ from pipeline.model import build_model
 from pipeline.perplexity import (
     Score,
     bits_per_byte,
+    check_target,
     load_metric,
     perplexity,
-    save_numbers,
     score_rows,
     score_texts,
     sum_nats,
@@ -258,10 +257,14 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model, texts):
         score_texts(["abc"], tiny_model, larger)
 
 
-def test_numbers_are_saved_or_the_place_is_named(tmp_path):
-    numbers = {"text_loss": 1.25, "text_tokens": 7}
-    save_numbers(numbers, str(tmp_path / "numbers.json"))
-    assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
-    nowhere = tmp_path / "no" / "numbers.json"
+def test_where_numbers_go_is_checked_before_the_work(tmp_path):
+    check_target(None)
+    check_target(str(tmp_path / "numbers.json"))
+    (tmp_path / "old.json").write_text("{}")
+    check_target(str(tmp_path / "old.json"))
     with pytest.raises(InputError, match="no/numbers.json: cannot be written"):
-        save_numbers(numbers, str(nowhere))
+        check_target(str(tmp_path / "no" / "numbers.json"))
+    (tmp_path / "book.txt").write_text("my book")
+    with pytest.raises(InputError, match="book.txt: holds something other than JSON"):
+        check_target(str(tmp_path / "book.txt"))
+    assert (tmp_path / "book.txt").read_text() == "my book"

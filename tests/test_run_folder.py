@@ -12,15 +12,29 @@ from pipeline import pretrain, run_folder
 from pipeline.command_line import PretrainOptions
 from pipeline.recipe import InputError, read_recipe
 
-AUTO = PretrainOptions()
-
 
 def recipe_for(path, folder, **overrides):
     return read_recipe(path, {"training.output_dir": str(folder), **overrides})
 
 
+def saved(folder, **overrides):
+    values = {"training.output_dir": str(folder)} | {
+        key.replace("__", "."): value for key, value in overrides.items()
+    }
+    return read_recipe(folder / "config.yaml", values)
+
+
 def claim(recipe, **options):
-    return run_folder.claim(recipe, PretrainOptions(**options), is_main_process=True)
+    """Return new, unfinished or finished, without training anything."""
+    return run_folder._claim(recipe, PretrainOptions(**options))
+
+
+def opened(recipe, **options):
+    return run_folder.opened(recipe, PretrainOptions(**options), is_main_process=True)
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_fresh_folder_is_new(smoke_recipe, tmp_path):
@@ -28,53 +42,70 @@ def test_a_fresh_folder_is_new(smoke_recipe, tmp_path):
 
 
 def test_a_finished_identical_run_is_finished_wherever_it_was_moved(run_copy):
-    recipe = read_recipe(run_copy / "config.yaml", {"training.output_dir": str(run_copy)})
-    assert claim(recipe) == "finished"
+    assert claim(saved(run_copy)) == "finished"
+    # A default that is spelled out makes no other run.
+    assert claim(saved(run_copy, schedule__cycles=4)) == "finished"
 
 
 def test_another_run_is_refused_with_the_difference(run_copy):
-    recipe = read_recipe(
-        run_copy / "config.yaml",
-        {"training.output_dir": str(run_copy), "training.max_steps": 30},
-    )
-    before = {p: p.stat().st_mtime_ns for p in run_copy.rglob("*")}
+    before = contents(run_copy)
     with pytest.raises(InputError, match=r"training\.max_steps: 20 -> 30.*--overwrite"):
-        claim(recipe)
-    assert {p: p.stat().st_mtime_ns for p in run_copy.rglob("*")} == before
+        with opened(saved(run_copy, training__max_steps=30)):
+            pass
+    assert contents(run_copy) == before
 
 
 def test_never_does_not_mean_overwrite(run_copy):
-    recipe = read_recipe(run_copy / "config.yaml", {"training.output_dir": str(run_copy)})
     with pytest.raises(InputError, match="--resume never starts a fresh one; add --overwrite"):
-        claim(recipe, resume="never")
+        claim(saved(run_copy), resume="never")
 
 
-def test_overwrite_removes_ours_and_nothing_else(run_copy):
+def test_overwrite_removes_ours_and_nothing_else_when_training_begins(run_copy):
     (run_copy / "notes.txt").write_text("mine")
     (run_copy / "checkpoint-7").mkdir()
-    recipe = read_recipe(
-        run_copy / "config.yaml",
-        {"training.output_dir": str(run_copy), "training.max_steps": 30},
-    )
-    assert claim(recipe, overwrite=True) == "new"
-    assert {p.name for p in run_copy.iterdir()} == {"notes.txt", "checkpoint-7"}
+    recipe = saved(run_copy, training__max_steps=30)
+    with opened(recipe, overwrite=True) as run:
+        assert not (run_copy / "model.safetensors").exists()
+        run.begin(recipe)
+    left = {p.name for p in run_copy.iterdir()}
+    assert left == {"notes.txt", "checkpoint-7", "config.yaml", "run_status.json"}
 
 
-def test_a_stranger_s_model_is_not_overwritten(smoke_recipe, tmp_path):
+def test_overwrite_that_fails_before_training_gives_the_old_run_back(smoke_recipe, run_copy):
+    before = contents(run_copy)
+    with pytest.raises(InputError, match="nowhere.txt: no such file"):
+        pretrain.main(
+            ["--config", str(smoke_recipe), "--training.output_dir", str(run_copy),
+             "--overwrite", "--data.files", "nowhere.txt"]
+        )  # fmt: skip
+    with pytest.raises(InputError, match="gives only"):
+        pretrain.main(
+            ["--config", str(smoke_recipe), "--training.output_dir", str(run_copy),
+             "--overwrite", "--tokenizer.vocab_size", "9999"]
+        )  # fmt: skip
+    assert contents(run_copy) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_stranger_s_model_is_not_overwritten(smoke_recipe, tmp_path, overwrite):
     (tmp_path / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(InputError, match="holds model.safetensors that no run of ours wrote"):
-        claim(recipe_for(smoke_recipe, tmp_path))
+        with opened(recipe_for(smoke_recipe, tmp_path), overwrite=overwrite):
+            pass
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
 
 
 def test_a_folder_that_cannot_be_written(smoke_recipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run: cannot be written \(Not a directory\)"):
-        claim(recipe_for(smoke_recipe, tmp_path / "file" / "run"))
+        with opened(recipe_for(smoke_recipe, tmp_path / "file" / "run")):
+            pass
 
 
 def test_a_failed_run_without_a_checkpoint_holds_nothing_to_lose(smoke_recipe, tmp_path):
     recipe = recipe_for(smoke_recipe, tmp_path)
-    with pytest.raises(RuntimeError), run_folder.running(recipe, is_main_process=True):
+    with pytest.raises(RuntimeError), opened(recipe) as run:
+        run.begin(recipe)
         assert run_folder.read_status(tmp_path)["state"] == "running"
         raise RuntimeError("out of memory")
     status = run_folder.read_status(tmp_path)
@@ -82,26 +113,63 @@ def test_a_failed_run_without_a_checkpoint_holds_nothing_to_lose(smoke_recipe, t
     assert claim(recipe_for(smoke_recipe, tmp_path, **{"training.max_steps": 3})) == "new"
 
 
+def test_a_mistake_in_a_new_folder_leaves_its_reason(smoke_recipe, tmp_path):
+    with pytest.raises(InputError):
+        pretrain.main(
+            ["--config", str(smoke_recipe), "--training.output_dir", str(tmp_path),
+             "--data.files", "nowhere.txt"]
+        )  # fmt: skip
+    status = run_folder.read_status(tmp_path)
+    assert status["state"] == "failed" and "nowhere.txt: no such file" in status["why"]
+
+
+def test_a_run_that_lost_its_numbers_is_unfinished(run_copy):
+    (run_copy / "metrics.json").unlink()
+    assert claim(saved(run_copy)) == "unfinished"
+
+
+def test_a_run_that_lost_its_recipe_is_said_to_have(smoke_recipe, run_copy):
+    (run_copy / "config.yaml").unlink()
+    with pytest.raises(InputError, match="its config.yaml is gone.*--overwrite"):
+        claim(recipe_for(smoke_recipe, run_copy))
+
+
+@pytest.mark.parametrize("resume", ["atuo", "elsewhere/checkpoint-3"])
+def test_resume_names_nothing(smoke_recipe, tmp_path, resume):
+    with pytest.raises(InputError, match=f"--resume {resume}: .* name a whole checkpoint"):
+        claim(recipe_for(smoke_recipe, tmp_path), resume=resume)
+
+
 def test_an_unfinished_run_goes_on(run_copy):
     status = json.loads((run_copy / "run_status.json").read_text())
     (run_copy / "run_status.json").write_text(json.dumps({**status, "state": "failed"}))
-    recipe = read_recipe(run_copy / "config.yaml", {"training.output_dir": str(run_copy)})
-    assert claim(recipe) == "unfinished"
+    assert claim(saved(run_copy)) == "unfinished"
 
 
-def test_a_folder_in_use_is_refused_and_a_dead_user_is_not(run_copy):
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    status = json.loads((run_copy / "run_status.json").read_text())
-    status |= {"state": "running", "pid": other.pid}
-    (run_copy / "run_status.json").write_text(json.dumps(status))
-    recipe = read_recipe(run_copy / "config.yaml", {"training.output_dir": str(run_copy)})
+def test_two_at_once_in_one_folder(smoke_recipe, tmp_path):
+    """The second is refused while the first lives, however early it is in its work."""
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline import run_folder\n"
+        "from pipeline.command_line import PretrainOptions\n"
+        "from pipeline.recipe import read_recipe\n"
+        "recipe = read_recipe(Path(sys.argv[1]), {'training.output_dir': sys.argv[2]})\n"
+        "with run_folder.opened(recipe, PretrainOptions(), is_main_process=True):\n"
+        "    print('in', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(smoke_recipe), str(tmp_path)], stdout=subprocess.PIPE
+    )
     try:
-        with pytest.raises(InputError, match=f"process {other.pid} is training in it now"):
-            claim(recipe)
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(InputError, match="another process is at work in it"):
+            with opened(recipe_for(smoke_recipe, tmp_path)):
+                pass
     finally:
         other.kill()
         other.wait()
-    assert claim(recipe) == "unfinished"
+        other.stdout.close()
+    with opened(recipe_for(smoke_recipe, tmp_path)) as run:
+        assert not run.finished
 
 
 def test_a_finished_run_reprints_its_summary(smoke_recipe, run_copy, capsys):
@@ -119,5 +187,5 @@ def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy):
             ["--config", str(smoke_recipe), "--training.output_dir", str(run_copy),
              "--data.block_size", "16"]
         )  # fmt: skip
-    assert not (run_copy / "run_status.json").exists()
+    assert not (run_copy / "model.safetensors").exists()
     assert os.path.exists(run_copy / "blocks" / "train.arrow")

@@ -273,10 +273,10 @@ def test_obtain_leaves_nothing_where_training_is_refused(corpus, tmp_path):
 def test_obtain_loads_what_is_named_and_writes_nothing(corpus, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "given")
     given = str(tmp_path / "given")
-    for section, otherwise in [
+    for section, model in [
         (TokenizerSection(pretrained=given), None),
         (TokenizerSection(), given),
     ]:
-        found = obtain_tokenizer(section, corpus, tmp_path / "unused", otherwise=otherwise)
+        found = obtain_tokenizer(section, corpus, tmp_path / "unused", model=model)
         assert tokenizer_fingerprint(found) == tokenizer_fingerprint(tokenizer)
     assert not (tmp_path / "unused").exists()

@@ -193,6 +193,87 @@ def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, accumulated):
     assert logged(straight, "eval_loss") == logged(again, "eval_loss")
 
 
+def test_a_run_stopped_after_its_last_update_trains_no_further(smoke_recipe, tmp_path):
+    """Between the last checkpoint and the report much can happen; Trainer would train one more."""
+    overrides = {"training__load_best_model_at_end": "true"}
+    straight = make_trainer(smoke_recipe, tmp_path / "straight", **overrides)
+    straight.train_from("never")
+    stopped = make_trainer(smoke_recipe, tmp_path / "stopped", **overrides)
+    stopped.train_from("never")  # and then nothing of what follows
+    again = make_trainer(smoke_recipe, tmp_path / "stopped", **overrides)
+    again.train_from("auto")
+    assert again.state.global_step == 20
+    assert equal(weights(straight), weights(again))
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "stopped")][-1] == "checkpoint-20"
+    assert [e for e in again.history if "loss" in e] == [e for e in stopped.history if "loss" in e]
+
+
+def test_a_resumed_run_stops_early_where_an_uninterrupted_one_does(smoke_recipe, tmp_path):
+    overrides = {
+        "training__learning_rate": 1e-12, "training__eval_steps": 2, "training__save_steps": 2,
+        "evaluation__early_stopping_patience": 3,
+    }  # fmt: skip
+    straight = make_trainer(smoke_recipe, tmp_path / "straight", **overrides)
+    straight.train_from("never")
+    assert 8 <= straight.state.global_step < 20
+    half = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
+    half.add_callback(_StopAt(straight.state.global_step - 1))
+    with pytest.raises(KeyboardInterrupt):
+        half.train_from("never")
+    again = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
+    again.train_from("auto")
+    assert again.state.global_step == straight.state.global_step
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model__config__activation_function": "relu"}, "activation_function: null -> .relu"),
+        ({"model__config__n_embd": 64}, "n_embd: 32 -> 64"),
+        ({"training__seed": 1}, "seed: null -> 1"),
+        ({"data__validation_fraction": 0.2}, "rows: "),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    smoke_recipe, finished_run, tmp_path, overrides, words
+):
+    """Many a change has the same shapes, and would train on as if nothing were wrong."""
+    trainer = make_trainer(smoke_recipe, tmp_path, **overrides)
+    with pytest.raises(InputError, match=f"is a checkpoint of another run .*{words}"):
+        trainer.train_from(str(finished_run / "checkpoint-10"))
+
+
+def test_every_update_has_the_whole_budget_over_the_end_of_an_epoch(smoke_recipe, tmp_path):
+    """Stock Trainer ends each epoch in a smaller update and still counts it as one."""
+    trainer = make_trainer(
+        smoke_recipe, tmp_path, tokens_per_update=32 * 8 * 7, training__max_steps=None,
+        training__num_train_epochs=2, training__eval_strategy="no", training__logging_steps=1,
+    )  # fmt: skip
+    rows = []
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        rows.append(len(inputs["input_ids"])) or step(model, inputs, *rest)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2 * (len(trainer.train_dataset) // 56)
+    assert sum(rows) == trainer.state.global_step * 56
+    assert any(f"run: {trainer.state.global_step} updates" in line for line in trainer._derived())
+
+
+def test_what_was_spent_before_a_resume_counts(smoke_recipe, tmp_path):
+    half = make_trainer(smoke_recipe, tmp_path)
+    half.add_callback(_StopAt(14))
+    with pytest.raises(KeyboardInterrupt):
+        half.train_from("never")
+    before = half._spent
+    again = make_trainer(smoke_recipe, tmp_path)
+    again.train_from("auto")
+    spent = again._spent
+    assert spent["timed_updates"] == 9 + 9  # the first update of each process is not timed
+    assert spent["train_seconds"] > again.compile_seconds + before["compile_seconds"]
+    assert spent["compile_seconds"] > again.compile_seconds
+
+
 def test_a_finished_run_trains_no_further(smoke_recipe, run_copy):
     """Stock Trainer trains one more step at each restart."""
     before = (run_copy / "model.safetensors").read_bytes()
@@ -333,9 +414,19 @@ def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
     ("overrides", "words"),
     [
         ({"training.learning_rate": 0}, "training.learning_rate: must be above 0; got 0"),
-        ({"training.learning_rate": float("nan")}, "must be above 0; got nan"),
+        ({"training.adam_beta1": 2}, "training.adam_beta1: must be at least 0 and below 1"),
+        ({"training.seed": 2**40}, "training.seed: must be below 4294967296"),
+        ({"training.num_train_epochs": 2}, "num_train_epochs and training.max_steps contradict"),
+        ({"training.metric_for_best_model": "accuracy"}, "'accuracy' is not measured; use one of"),
+        ({"training.torch_compile_backend": "nope"}, "torch_compile_backend: 'nope' is not one of"),
+        ({"training.optim": "adamw_bnb_8bit"}, "training: .*bitsandbytes"),
+        ({"training.dataloader_num_workers": -1}, "dataloader_num_workers: must be at least 0"),
+        ({"evaluation.texts": {"book": "nowhere.txt"}}, "nowhere.txt: cannot be read"),
         ({"training.max_steps": 0}, "training.max_steps: must be at least 1; got 0"),
-        ({"training.num_train_epochs": 0}, "training.num_train_epochs: must be above 0"),
+        (
+            {"training.num_train_epochs": 0, "training.max_steps": None},
+            "training.num_train_epochs: must be above 0",
+        ),
         ({"training.per_device_train_batch_size": 0}, "must be at least 1"),
         ({"training.save_total_limit": 1}, "training.save_total_limit: must be at least 2"),
         ({"training.seed": -1}, "training.seed: must be at least 0"),
@@ -360,6 +451,20 @@ def test_a_reporter_that_is_not_installed(smoke_recipe, tmp_path):
     values = {"training.output_dir": str(tmp_path), "training.report_to": "mlflow"}
     with pytest.raises(InputError, match="report_to: the package mlflow is not installed"):
         training_arguments(read_recipe(smoke_recipe, values))
+
+
+def test_a_reporter_that_nobody_knows(smoke_recipe, tmp_path):
+    with pytest.raises(InputError, match="training: nope is not supported"):
+        make_trainer(smoke_recipe, tmp_path, training__report_to="nope")
+
+
+def test_every_choice_that_was_made_is_in_the_recipe(smoke_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.arguments._compiler_is_there", lambda: False)
+    values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
+    recipe = read_recipe(smoke_recipe, {**values, "training.torch_compile": True})
+    resolved, _ = training_arguments(recipe)
+    assert resolved.training["torch_compile"] is False
+    assert resolved.model.attn_implementation == "sdpa"
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monkeypatch):
