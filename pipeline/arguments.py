@@ -47,6 +47,7 @@ OWNED = {
     "label_smoothing_factor": "perplexity is exp of the plain cross-entropy",
     "use_liger_kernel": "Liger has no kernels for GPT-2",
     "include_num_input_tokens_seen": "tokens_seen stands in every log",
+    "label_names": "the labels are the ids",
     "do_train": "pretrain.py trains",
     "do_eval": "use training.eval_strategy",
     "do_predict": "pretrain.py trains",
@@ -117,13 +118,12 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "restore_callback_states_from_checkpoint": True,
-        "ddp_find_unused_parameters": False,
-        "ddp_static_graph": None,
     }
     defaults: dict[str, Any] = {
         "report_to": "none",
         "per_device_eval_batch_size": stated.get("per_device_train_batch_size", 8),
         "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,  # the library's default walks the graph every step
     }
     if stated.get("load_best_model_at_end") or stated.get("save_strategy") == "best" or patience:
         defaults["metric_for_best_model"] = "loss"
