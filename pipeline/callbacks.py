@@ -13,6 +13,8 @@ from pipeline.generation import continuation
 from pipeline.perplexity import score_rows
 from pipeline.recipe import GenerationSection
 
+LINES_SHOWN = 5  # of a sample; samples.txt has all of it
+
 
 class PerplexityCallback(TrainerCallback):
     """Measure the perplexity of named texts at each evaluation, on the main process."""
@@ -52,7 +54,8 @@ class SampleCallback(TrainerCallback):
                 text = f"{prompt} (no sample: {error})"
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"--- update {state.global_step}\n{text}\n\n")
-            tqdm.write(f"--- sample at update {state.global_step}\n{text}\n---")
+            shown = "\n".join(text.split("\n")[:LINES_SHOWN])
+            tqdm.write(f"--- sample at update {state.global_step}\n{shown}\n---")
 
 
 class TrainingProgressCallback(ProgressCallback):
@@ -66,6 +69,7 @@ class TrainingProgressCallback(ProgressCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 unit="update",
+                smoothing=0,  # the time left then counts on evaluations to come
                 disable=args.disable_tqdm or None,
             )
             self.current_step = state.global_step
@@ -75,6 +79,7 @@ class TrainingProgressCallback(ProgressCallback):
         """Show how far an evaluation is."""
         if self.training_bar is not None and not self.training_bar.disable:
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+            self.prediction_bar.set_description("evaluating", refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Show a training log in the bar and an evaluation on a line of its own."""

@@ -143,7 +143,7 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
             sys.stderr.write(f"error: {error}\n")
         code = 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        sys.stderr.write("\ninterrupted\n")
         code = 130
     except SystemExit:
         raise

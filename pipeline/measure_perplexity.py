@@ -30,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         block_size=options.block_size,
         batch_size=options.batch_size,
     )
-    sys.stdout.write("\n".join(f"{name:<15}{value:>16,}" for name, value in numbers.items()) + "\n")
+    sys.stdout.write(
+        "\n".join(
+            f"{name:<15}{value:>14,.6g}" if isinstance(value, float) else f"{name:<15}{value:>14,}"
+            for name, value in numbers.items()
+        )
+        + "\n"
+    )
     if options.json_:
         Path(options.json_).write_text(json.dumps(numbers, indent=1) + "\n")
 

@@ -1,7 +1,6 @@
 """A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
 
 import logging
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -14,7 +13,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from pipeline.recipe import InputError, ModelSection, first_line, not_loaded
+from pipeline.recipe import InputError, ModelSection, check_local, first_line, not_loaded
 
 # Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
 DERIVED = {
@@ -113,6 +112,8 @@ def build_model(
             f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "
             f"{model.config.vocab_size}; leave out tokenizer: to use the model's own"
         )
+    # Stock `pipeline("text-generation")` otherwise asks for more tokens than there are positions.
+    model.generation_config.max_new_tokens = max(1, model.config.n_positions // 2)
     model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
     model.config.eos_token_id = model.generation_config.eos_token_id = end_of_text
     model.config.pad_token_id = model.generation_config.pad_token_id = end_of_text
@@ -128,8 +129,7 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         InputError: there is none.
     """
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name}: no model in this folder (config.json is missing)")
+    check_local(name, "model", "config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
     except Exception as error:  # network, name, file format
@@ -163,8 +163,7 @@ def _fresh_config(
 
 
 def _pretrained_config(name: str) -> GPT2Config:
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name}: no model in this folder (config.json is missing)")
+    check_local(name, "model", "config.json")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format

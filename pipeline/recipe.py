@@ -51,6 +51,22 @@ def not_loaded(name: str, kind: str, error: BaseException) -> InputError:
     )
 
 
+def check_local(name: str, kind: str, file: str) -> None:
+    """Tell a folder's name from a Hub name, which would be looked for on the network.
+
+    Raises:
+        InputError: `name` is a folder without `file`, or lies in a folder that has no such one.
+    """
+    path = Path(name)
+    if path.exists():
+        if not (path / file).exists():
+            raise InputError(f"{name}: no {kind} in this folder ({file} is missing)")
+    elif (
+        path.is_absolute() or name.startswith(".") or path.parent != Path() and path.parent.is_dir()
+    ):
+        raise InputError(f"{name}: no such folder; looked in {Path.cwd()}")
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown keys refused, text read as the type that is asked."""
 

@@ -46,7 +46,8 @@ def draw_loss(history: list[dict[str, float]], path: Path) -> None:
     axes.plot(
         [h["tokens_seen"] for h in training],
         [h["loss"] for h in training],
-        color="tab:blue", linewidth=1, label="training loss",
+        color="tab:blue", linewidth=1, marker="." if len(training) < 20 else None,
+        label="training loss",
     )  # fmt: skip
     axes.plot(
         [h["tokens_seen"] for h in held_out],
@@ -60,7 +61,8 @@ def draw_loss(history: list[dict[str, float]], path: Path) -> None:
     rate.plot(
         [h["tokens_seen"] for h in training],
         [h["learning_rate"] for h in training],
-        color="tab:gray", linewidth=1, linestyle="--", label="learning rate",
+        color="tab:gray", linewidth=1, linestyle="--", marker="." if len(training) < 20 else None,
+        label="learning rate",
     )  # fmt: skip
     rate.set(ylabel="learning rate", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
@@ -115,7 +117,8 @@ perplexity cannot.
 
 ```python
 from transformers import pipeline
-print(pipeline("text-generation", "{name}")({_sample_prompt(recipe)!r})[0]["generated_text"])
+write = pipeline("text-generation", "path/to/{name}")
+print(write({_sample_prompt(recipe)!r})[0]["generated_text"])
 ```
 
 `config.yaml` repeats the run; `metrics.json` has every number, versions and fingerprints.
@@ -140,8 +143,8 @@ def summary(recipe: Recipe) -> str:
         f"perplexity     {both('perplexity', '.2f')}",
         f"bits per byte  {both('bits_per_byte', '.4f')}",
         f"speed          {metrics['train_tokens_per_second']:,.0f} tokens/s; "
-        f"{metrics['train_tokens']:,} tokens in {metrics['train_seconds']:.0f} s, "
-        f"of which {metrics['compile_seconds']:.0f} s in the first update",
+        f"{metrics['train_tokens']:,} tokens in {metrics['train_seconds']:.0f} s, with the first "
+        f"update ({metrics['compile_seconds']:.0f} s), evaluations and checkpoints",
     ]
     if metrics["sample"]:
         lines += ["", "It writes:", *(f"    {line}" for line in metrics["sample"].split("\n"))]
@@ -160,7 +163,7 @@ def _made_from(recipe: Recipe, metrics: dict[str, Any]) -> str:
     return (
         f"GPT-2 with {metrics['parameters']:,} parameters, {origin}, trained on "
         f"{metrics['train_bytes']:,} bytes of {source}; held out: {metrics['eval_bytes']:,} bytes "
-        f"({metrics['eval_documents']} documents) for validation, "
+        f"({metrics['eval_documents']} document(s)) for validation, "
         f"{metrics.get('test_bytes', 0):,} for the test"
     )
 

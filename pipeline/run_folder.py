@@ -26,6 +26,10 @@ RESULTS = (
 )  # fmt: skip
 
 
+# Fields of `training:` that say where a run lies and how it is shown, and change nothing in it.
+HARMLESS = ("output_dir", "report_to", "run_name", "project", "disable_tqdm", "log_level")
+
+
 class Run(NamedTuple):
     """A folder that is ours for as long as the process lives."""
 
@@ -72,8 +76,10 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
         try:
             yield Run(False, begin)
         except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            failure = "interrupted" if interrupted else "failed"
             if begun or state == "new" and not aside.exists():
-                write("failed", why=f"{type(error).__name__}: {error}".strip())
+                write(failure, why=f"{type(error).__name__}: {error}".strip())
             elif is_main_process and aside.exists():
                 _move(_ours(folder), folder / "_failed")
                 shutil.rmtree(folder / "_failed", ignore_errors=True)
@@ -135,7 +141,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     """Return what makes two runs the same run: every value, defaults too, but not the place."""
     values = recipe.model_dump(mode="json")
     # A folder may be moved or reached by another path and still hold the same run.
-    values["training"] = {k: v for k, v in values["training"].items() if k != "output_dir"}
+    values["training"] = {k: v for k, v in values["training"].items() if k not in HARMLESS}
     return values
 
 

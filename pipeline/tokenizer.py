@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline import artifact
 from pipeline.corpus import Corpus
-from pipeline.recipe import InputError, TokenizerSection, not_loaded
+from pipeline.recipe import InputError, TokenizerSection, check_local, not_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, it is not byte-level BPE, or it has no end-of-text token.
     """
-    if Path(name).exists() and not (Path(name) / "tokenizer_config.json").exists():
-        raise InputError(f"{name}: no tokenizer in this folder (tokenizer_config.json is missing)")
+    check_local(name, "tokenizer", "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format

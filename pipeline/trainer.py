@@ -45,6 +45,14 @@ from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
+# The head is the embedding, stored once and tied when it is loaded: nothing is missing.
+logging.getLogger("transformers.trainer").addFilter(
+    lambda record: (
+        "missing keys in the checkpoint" not in str(record.msg)
+        or "['lm_head.weight']" not in record.getMessage()
+    )
+)
+
 
 class PretrainingTrainer(Trainer):
     """`Trainer` with our schedule, evaluation, logs and checkpoints."""
@@ -164,6 +172,7 @@ class PretrainingTrainer(Trainer):
         The saved weights are read back and scored in fp32 by the stock model, so that the numbers
         are those of the files, and `measure_perplexity.py` repeats them.
         """
+        logger.info("measuring the saved model on all held-out text, in fp32")
         model = load_model(self.args.output_dir).to(self.args.device)
         metrics: dict[str, Any] = {}
         for split, prefix in (("validation", "eval"), ("test", "test")):
