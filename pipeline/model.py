@@ -1,6 +1,9 @@
 """A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
 
+import functools
 import logging
+import types
+from typing import Any
 
 import torch
 from transformers import (
@@ -12,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from pipeline.recipe import InputError, ModelSection, check_local, first_line, not_loaded
 
@@ -120,7 +124,21 @@ def build_model(
     # `GPT2LMHeadModel` has no loss type of its own, and Trainer then divides the summed loss by
     # block_size instead of by the block_size - 1 tokens that are predicted.
     model.loss_type = "ForCausalLM"
+    model.forward = types.MethodType(_forward_with_loss_or_logits, model)
     return model
+
+
+@functools.wraps(GPT2LMHeadModel.forward)
+def _forward_with_loss_or_logits(
+    self: GPT2LMHeadModel, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
+) -> CausalLMOutputWithCrossAttentions:
+    """Return the stock output without labels, and the loss alone with them.
+
+    Nobody reads the logits of a training batch, and handing them out costs an fp32 copy of
+    [batch, block, vocabulary] in every step.
+    """
+    output = GPT2LMHeadModel.forward(self, *args, labels=labels, **kwargs)
+    return output if labels is None else CausalLMOutputWithCrossAttentions(loss=output.loss)
 
 
 def load_model(name: str) -> PreTrainedModel:

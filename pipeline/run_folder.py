@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -14,6 +15,8 @@ from pipeline import artifact
 from pipeline.checkpoint import checkpoints, newest_whole
 from pipeline.command_line import PretrainOptions
 from pipeline.recipe import InputError, Recipe, read_recipe
+
+logger = logging.getLogger(__name__)
 
 STATUS = "run_status.json"
 CONFIG = "config.yaml"
@@ -52,7 +55,8 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
     folder = recipe.output_dir
     _check_writable(folder)
     with _locked(folder) if is_main_process else contextlib.nullcontext():
-        state = _claim(recipe, options)
+        # While the main process sets a run aside, the others must not look at it.
+        state = _claim(recipe, options) if is_main_process or not options.overwrite else "new"
         if state == "finished":
             yield Run(True, lambda _: None)
             return
@@ -78,6 +82,10 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             failure = "interrupted" if interrupted else "failed"
+            if interrupted and begun and is_main_process:
+                last = checkpoints(folder)[-1:]
+                goes_on = f"from {last[0]}" if last else "anew"
+                logger.info("\nstopped; the same command goes on %s", goes_on)
             if begun or state == "new" and not aside.exists():
                 write(failure, why=f"{type(error).__name__}: {error}".strip())
             elif is_main_process and aside.exists():
@@ -156,6 +164,8 @@ def _ours(folder: Path) -> list[Path]:
 def _move(paths: list[Path], target: Path) -> None:
     target.mkdir(exist_ok=True)
     for path in paths:
+        if (target / path.name).is_dir():  # left there by a process that was killed
+            shutil.rmtree(target / path.name)
         os.replace(path, target / path.name)
 
 

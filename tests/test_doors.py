@@ -219,6 +219,8 @@ def test_bytes_can_be_replaced(smoke_recipe, tmp_path):
     [
         (generate, ["--model", "nowhere", "--prompt", "x"], "cannot be loaded as a model"),
         (generate, ["--model", ".", "--prompt", "x"], "no model in this folder"),
+        (generate, ["--model", "./nowhere", "--prompt", "x"], "./nowhere: no such folder"),
+        (generate, ["--model", "/nowhere/at/all", "--prompt", "x"], "no such folder; looked in"),
         (measure_perplexity, ["--model", "RUN", "--files", "nowhere.txt"], "no such file"),
         (measure_perplexity, ["--model", "RUN", "--files", "empty.txt"], "the file is empty"),
         (

@@ -26,15 +26,6 @@ class Ids:
         return ids.tolist()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def ids(tokenizer):
     return Ids(tokenizer)

@@ -337,3 +337,23 @@ def test_load_model_names_what_is_missing(saved, tmp_path):
     for name in [str(tmp_path / "only-config"), "nobody/no-such-model"]:
         with pytest.raises(InputError, match=f"^{re.escape(name)}: cannot be loaded[^\n]*$"):
             load_model(name)
+
+
+def test_with_labels_there_is_the_stock_loss_and_no_logits(tiny_model):
+    import inspect
+
+    ids = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0))
+    stock = GPT2LMHeadModel(tiny_model.config).eval()
+    stock.load_state_dict(tiny_model.state_dict())
+    stock.loss_type = "ForCausalLM"
+    count = torch.tensor(45.0)
+    ours = tiny_model(input_ids=ids, labels=ids, num_items_in_batch=count)
+    theirs = stock(input_ids=ids, labels=ids, num_items_in_batch=count)
+    assert ours.logits is None and torch.equal(ours.loss, theirs.loss)
+    ours.loss.backward()
+    theirs.loss.backward()
+    for one, other in zip(tiny_model.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert torch.equal(tiny_model(input_ids=ids).logits, stock(input_ids=ids).logits)
+    # Trainer and generate() read the signature to know what may be passed.
+    assert inspect.signature(tiny_model.forward) == inspect.signature(stock.forward)

@@ -22,15 +22,6 @@ from pipeline.recipe import InputError, ModelSection
 from pipeline.tokenizer import train_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def model(tiny_model):
     """A model that is wrong in different ways at different tokens; a fresh one is wrong evenly."""

@@ -123,6 +123,26 @@ def test_a_mistake_in_a_new_folder_leaves_its_reason(smoke_recipe, tmp_path):
     assert status["state"] == "failed" and "nowhere.txt: no such file" in status["why"]
 
 
+def test_an_interrupted_run_says_how_it_goes_on(smoke_recipe, tmp_path, caplog):
+    recipe = recipe_for(smoke_recipe, tmp_path)
+    caplog.set_level("INFO", "pipeline")
+    with pytest.raises(KeyboardInterrupt), opened(recipe) as run:
+        run.begin(recipe)
+        raise KeyboardInterrupt
+    assert run_folder.read_status(tmp_path)["state"] == "interrupted"
+    assert "the same command goes on anew" in caplog.text
+
+
+def test_overwriting_again_after_a_kill_in_the_middle(run_copy):
+    """What a killed process had set aside neither stops the next one nor outlives it."""
+    recipe = saved(run_copy, training__max_steps=30)
+    shutil.copytree(run_copy, run_copy.parent / "aside")
+    shutil.move(run_copy.parent / "aside", run_copy / "_overwritten")
+    with opened(recipe, overwrite=True) as run:
+        run.begin(recipe)
+    assert {p.name for p in run_copy.iterdir()} == {"config.yaml", "run_status.json"}
+
+
 def test_a_run_that_lost_its_numbers_is_unfinished(run_copy):
     (run_copy / "metrics.json").unlink()
     assert claim(saved(run_copy)) == "unfinished"
