@@ -100,12 +100,16 @@ class Rows(torch.utils.data.Dataset):
         ids = overlapping_rows(np.array(stream, np.int64), block_size, fill=tokenizer.eos_token_id)
         return cls(ids, tokens=len(stream), bytes=size, scored_bytes=size - first)
 
-    def first(self, tokens: int, tokenizer: PreTrainedTokenizerBase) -> "Rows":
-        """Return the first rows of a held-out split, in which about `tokens` are predicted."""
+    def part(self, tokens: int, tokenizer: PreTrainedTokenizerBase) -> "Rows":
+        """Return rows spread evenly over a held-out split, in which about `tokens` are predicted.
+
+        Its first rows would be its first documents, and speak for no others.
+        """
         count = max(1, tokens // (self.block_size - 1))
         if count >= len(self):
             return self
-        ids = self._ids[:count]
+        # Whole rows only: the last one may be filled up.
+        ids = self._ids[np.linspace(0, len(self) - 2, count).round().astype(np.int64)]
         scored = int(token_bytes(tokenizer)[ids[:, 1:]].sum())
         first = int(token_bytes(tokenizer)[ids[0, 0]])
         size = count * (self.block_size - 1) + 1

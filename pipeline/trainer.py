@@ -92,7 +92,7 @@ class PretrainingTrainer(Trainer):
             )
         held_out = blocks["validation"]
         if recipe.evaluation.tokens is not None:
-            held_out = held_out.first(recipe.evaluation.tokens, tokenizer)
+            held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
         try:
             super().__init__(

@@ -357,23 +357,26 @@ def test_held_out_rows_need_a_token_to_predict(tokenizer, texts_given):
 
 
 @pytest.mark.parametrize("tokens, count", [(2, 1), (15, 1), (30, 2), (44, 2), (45, 3), (150, 10)])
-def test_first_rows_predict_about_so_many_tokens(texts, tokenizer, tokens, count):
+def test_a_part_is_whole_rows_spread_over_all_of_them(texts, tokenizer, tokens, count):
     rows = Rows.held_out(texts, tokenizer, block_size=BLOCK)
-    some = rows.first(tokens, tokenizer)
-    assert whole(some) == whole(rows)[:count]
-    stream = stream_of(texts, tokenizer)[: count * (BLOCK - 1) + 1]
-    names = [tokenizer.backend_tokenizer.id_to_token(i) for i in stream]
-    sizes = [0 if name == "<|endoftext|>" else len(name) for name in names]
-    assert some.tokens == len(stream)
-    assert some.bytes == sum(sizes)
-    assert some.scored_bytes == sum(sizes[1:])
+    some = rows.part(tokens, tokenizer)
+    places = [whole(rows).index(row) for row in whole(some)]
+    assert len(places) == count and places == sorted(set(places)) and places[0] == 0
+    if count > 1:
+        assert places[-1] == len(rows) - 2  # the last may be filled up, and is left out
+        steps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        assert max(steps) - min(steps) <= 1
+    predicted = [i for row in whole(some) for i in row[1:]]
+    names = [tokenizer.backend_tokenizer.id_to_token(i) for i in predicted]
+    assert some.scored_bytes == sum(0 if n == "<|endoftext|>" else len(n) for n in names)
+    assert some.tokens - 1 == len(predicted)
     batches = HeldOutBatches(some, batch_size=4)
     labels = torch.cat([batch["labels"][:, 1:].reshape(-1) for batch in batches])
-    assert labels[labels != -100].tolist() == stream[1:]
+    assert labels[labels != -100].tolist() == predicted
 
 
-def test_first_of_more_than_there_are_is_all(texts, tokenizer):
+def test_a_part_of_more_than_there_are_is_all(texts, tokenizer):
     rows = Rows.held_out(texts[:2], tokenizer, block_size=BLOCK)
-    some = rows.first(10**6, tokenizer)
+    some = rows.part(10**6, tokenizer)
     assert whole(some) == whole(rows)
     assert (some.tokens, some.scored_bytes) == (rows.tokens, rows.scored_bytes)
