@@ -13,9 +13,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from pipeline.checkpoint import FEWEST_KEPT
-from pipeline.corpus import read_text
 from pipeline.lr_schedule import schedule
 from pipeline.recipe import InputError, Recipe
+from pipeline.sources import read_text
 
 logger = logging.getLogger(__name__)
 

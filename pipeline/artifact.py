@@ -6,11 +6,15 @@ folder without a manifest is not ours; a file that differs from it is damage, an
 """
 
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from typing import Any
 from pipeline.recipe import InputError
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, size limit
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate")
 
 
@@ -33,16 +38,28 @@ def staged(folder: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, dict
     Raises:
         InputError: the place cannot be written to.
     """
-    staging = folder.parent / f"_staging-{folder.name}"
+    # A name of its own: a process that outlives a killed parent for a moment is in nobody's way.
+    staging = folder.parent / f"_staging-{folder.name}-{os.getpid()}"
     facts: dict[str, Any] = {}
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        of_this = re.compile(rf"_staging-{re.escape(folder.name)}-\d+")
+        for old in folder.parent.iterdir():
+            if of_this.fullmatch(old.name) and old != staging:
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         yield staging, facts
         commit(staging, folder, made_from, facts)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(
+            f"{folder}: cannot be written, the disk is full ({os.strerror(error.errno)}); make "
+            "room there or name another place, and start again: what was finished is kept"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -79,6 +96,31 @@ def commit(staging: Path, folder: Path, made_from: dict[str, Any], facts: dict[s
             os.rename(folder, _free_name(folder))
     os.rename(staging, folder)
     _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder that exists; the lock goes with the process, however it ends.
+
+    Raises:
+        InputError: another process holds it; `key` is the setting that names another folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(
+            f"{folder}: another process is at work in it; wait for it, end it, or choose another "
+            f"{key}"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -145,12 +187,19 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def fingerprint_of(paths: list[Path]) -> str:
+    """Return one sha256 over the contents of files, in this order."""
+    return hashlib.sha256("".join(_sha256(path) for path in paths).encode()).hexdigest()
+
+
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries a result depends on."""
     found = {"python": platform.python_version()}
     return found | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Return the commit of this project's checkout, `+dirty` if it was changed, else None."""
     here = Path(__file__).parent

@@ -48,8 +48,18 @@ class PretrainOptions(RecipeOptions):
 class PrepareOptions(RecipeOptions):
     """Options of prepare_data.py."""
 
-    num_proc: int = Field(1, ge=1)
-    """Processes that tokenise; the rows are the same for any number."""
+    num_proc: int | None = Field(None, ge=1)
+    """Processes that tokenise (default: one for each core, if the text is long enough to pay); the
+    rows are the same for any number."""
+    show: int | None = Field(None, ge=1)
+    """Print that many training rows as text, their documents set apart."""
+
+
+class TokenizerOptions(RecipeOptions):
+    """Options of train_tokenizer.py."""
+
+    compare: str | None = None
+    """Folder or Hub name of a tokenizer to compare with, openai-community/gpt2 for instance."""
 
 
 class MeasureOptions(Section):

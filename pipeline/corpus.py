@@ -1,70 +1,161 @@
-"""Documents from files, tables, the Hub or the standard library, each on one side of the split."""
+"""All documents of a recipe, cleaned one by one, each on one side of the split."""
 
-import glob
+import functools
 import hashlib
-import sysconfig
+import itertools
+import json
+import os
+import time
+import unicodedata
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+from tqdm.auto import tqdm
 
-from pipeline.recipe import DataSection, InputError, first_line, not_loaded
+from pipeline import sources
+from pipeline.recipe import CleaningSection, DataSection, InputError, SourceSection
+from pipeline.sources import Shard
 
-STANDARD_LIBRARY = "python:stdlib"
 SPLITS = ("train", "validation", "test")
-TABLES = (".jsonl", ".csv", ".parquet")
 # Below this many documents, about 5 % of them would be too few to speak for the rest.
 FEWEST_DOCUMENTS_TO_HOLD_OUT = 100
-NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# A file that changed within this time of being read may change again without a newer time stamp.
+RACY_SECONDS = 2.0
 
 
 class Document(NamedTuple):
-    """A text with the name of where it came from and the split it belongs to."""
+    """A text, or the part of it that belongs to one split, in windows that tokenise as the whole.
+
+    `split` is None while it is not known: it follows from the hash of the whole text.
+    """
 
     name: str
-    text: str
-    split: str
+    read: Any  # Callable[[], Iterator[str]]
+    given_split: str | None
+    section: DataSection
+    whole: tuple[int, bytes] | None = None
+    """Characters and sha256 of the whole document, where this is a part of one."""
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.read())
+
+    @property
+    def split(self) -> str:
+        """The split that the document belongs to; where its hash decides, the text is read."""
+        if self.given_split is not None:
+            return self.given_split
+        digest = hashlib.sha256()
+        for window in self.read():
+            digest.update(window.encode())
+        return split_of_digest(digest.digest(), self.section)
+
+
+class Reader:
+    """What a process needs to read shards: it can be sent to another process.
+
+    Attributes:
+        hold_out: "documents" or "tail".
+    """
+
+    def __init__(self, section: DataSection, cleaning: CleaningSection, hold_out: str) -> None:
+        self.section, self.cleaning, self.hold_out = section, cleaning, hold_out
+
+    def documents(self, shard: Shard) -> Iterator[Document]:
+        """Yield the documents of a shard, empty ones too; with `tail`, each in three pieces.
+
+        Raises:
+            InputError: see `sources.read_shard` and `sources.safe_windows`.
+        """
+        given = None if shard.source >= 0 else SPLITS[-shard.source]
+        for raw in sources.read_shard(shard, self.source(shard)):
+            read = functools.partial(self._windows, raw)
+            if given is not None or self.hold_out == "documents":
+                yield Document(raw.name, read, given, self.section)
+                continue
+            length, digest = 0, hashlib.sha256()
+            for window in read():
+                length += len(window)
+                digest.update(window.encode())
+            test = self.section.held_out_fraction("test")
+            held_out = self.section.held_out_fraction("validation") + test
+            cuts = [0, *(int(length * (1 - share)) for share in (held_out, test)), length]
+            if not self.cleaning.shortest <= length <= (self.cleaning.longest or length):
+                cuts = [0, length, length, length]  # it will be left out, and is counted once
+            for split, (start, stop) in zip(SPLITS, itertools.pairwise(cuts), strict=True):
+                if start < stop or length == 0 and split == "train":
+                    part = functools.partial(_slice, read, start, stop)
+                    whole = length, digest.digest()
+                    yield Document(raw.name, part, split, self.section, whole)
+
+    def source(self, shard: Shard) -> SourceSection:
+        """Return the source that a shard is a part of."""
+        if shard.source >= 0:
+            return self.section.all_sources[shard.source]
+        split = SPLITS[-shard.source]
+        return held_out_source(self.section, split)
+
+    def _windows(self, raw: sources.Document) -> Iterator[str]:
+        form = self.cleaning.normalization
+        for window in sources.safe_windows(raw.read(), raw.name):
+            yield window if form is None else unicodedata.normalize(form, window)
 
 
 class Corpus:
     """The documents of a recipe's `data:` section, in a fixed order.
 
     Attributes:
-        hold_out: "documents" or "tail", what `data.hold_out: auto` came to.
-        fingerprint: sha256 over the bytes read (for a Hub data set, over its identity).
+        reader: reads the shards, here or in another process.
+        shards: the parts that can be read alone, in the order of the documents.
+        size: bytes of all files on disk, 0 for what is on the Hub.
     """
 
-    def __init__(self, section: DataSection) -> None:
-        """Find the sources.
+    def __init__(
+        self,
+        section: DataSection,
+        cleaning: CleaningSection | None = None,
+        *,
+        digests: Path | None = None,
+    ) -> None:
+        """Find the sources and take the fingerprint of their bytes.
+
+        `digests` is a file that keeps the fingerprints of files beside their size, times and
+        inode: a file that is untouched since is not read again.
 
         Raises:
             InputError: a source is missing or empty, a column is missing, nothing is left.
         """
-        self._section = section
-        self._texts: list[tuple[str, Path]] = []
-        self._tables: list[tuple[str, Any]] = []  # pyarrow.Table, or datasets.Dataset of the Hub
-        self._paths: list[Path] = []
-        for source in section.files or []:
-            self._add(source)
-        self._hub = None if section.dataset is None else _load_hub(section)
-        if self._hub is not None:
-            self._tables.append((section.dataset, self._hub))
-        for name, table in self._tables:
-            if section.text_column not in table.column_names:
-                raise InputError(
-                    f"{name}: no column {section.text_column!r}; it has "
-                    f"{', '.join(table.column_names)}; set data.text_column"
-                )
-        self.hold_out = section.hold_out
+        self._section, cleaning = section, cleaning or CleaningSection()
+        groups: list[tuple[int, SourceSection]] = list(enumerate(section.all_sources))
+        for split in SPLITS[1:]:
+            if section.has_own(split):
+                groups.append((-SPLITS.index(split), held_out_source(section, split)))
+        files = {number: sources.find_files(source) for number, source in groups}
+        stats = [(str(path), _stat(path)) for found in files.values() for _, path in found]
+        self.size = sum(stat.st_size for _, stat in stats)
+        self._digests = _file_digests(stats, digests)
+        self.shards = [
+            shard
+            for number, source in groups
+            for shard in sources.shards_of(
+                number, source, files[number], total_bytes=self.size, streaming=section.streaming
+            )
+        ]
+        self.reader = Reader(section, cleaning, section.hold_out)
+        self._cleaning = cleaning
         if section.hold_out == "auto":
-            count = len(self._texts) + sum(len(table) for _, table in self._tables)
-            few = count < FEWEST_DOCUMENTS_TO_HOLD_OUT
-            self.hold_out = "tail" if few else "documents"
-        self.fingerprint = self._fingerprint()
+            found = itertools.islice(self._raw_documents(), FEWEST_DOCUMENTS_TO_HOLD_OUT)
+            few = sum(1 for _ in found) < FEWEST_DOCUMENTS_TO_HOLD_OUT
+            self.reader.hold_out = "tail" if few else "documents"
+        self._groups, self._files = groups, files
+
+    @property
+    def hold_out(self) -> str:
+        """ "documents" or "tail", what `data.hold_out: auto` came to."""
+        return self.reader.hold_out
 
     def documents(self) -> Iterator[Document]:
         """Yield every document that is not empty; with `tail`, each in up to three pieces.
@@ -72,96 +163,96 @@ class Corpus:
         Raises:
             InputError: bytes that are not UTF-8 (file and offset), or a value that is not text.
         """
-        for name, text in self._named_texts():
-            if self.hold_out == "documents":
-                yield Document(name, text, split_of(text, self._section))
-                continue
-            held_out = self._section.validation_fraction + self._section.test_fraction
-            cuts = [int(len(text) * (1 - f)) for f in (held_out, self._section.test_fraction)]
-            pieces = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
-            for split, piece in zip(SPLITS, pieces, strict=True):
-                if piece:
-                    yield Document(name, piece, split)
+        for shard in self.shards:
+            for document in self.reader.documents(shard):
+                if next(document.read(), None):
+                    yield document
 
     def texts(self, split: str) -> Iterator[str]:
         """Yield the texts of one split."""
         return (document.text for document in self.documents() if document.split == split)
 
+    def source_names(self) -> list[str]:
+        """Return what tables call the sources; files given for a held-out split come last."""
+        names = []
+        for number, source in self._groups:
+            given = source.files[0] if source.files else source.dataset
+            name = getattr(source, "name", None) or given
+            names.append(name if number >= 0 else f"{SPLITS[-number]} text")
+        return names
+
+    def group_of(self, shard: Shard) -> int:
+        """Return the place of a shard's source among `source_names`."""
+        return [number for number, _ in self._groups].index(shard.source)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the bytes of all sources (for a Hub data set, over its identity)."""
+        return _combined([self._source_fingerprint(number) for number, _ in self._groups])
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides which text is on which side: part of the origin of every artifact."""
+        section = self._section
         return {
-            "fingerprint": self.fingerprint,
-            "text_column": self._section.text_column,
-            "errors": self._section.errors,
+            "sources": [
+                self._settings(number) | {"fingerprint": self._source_fingerprint(number)}
+                for number, _ in self._groups
+            ],
             "hold_out": self.hold_out,
-            "validation_fraction": self._section.validation_fraction,
-            "test_fraction": self._section.test_fraction,
+            "validation_fraction": section.held_out_fraction("validation"),
+            "test_fraction": section.held_out_fraction("test"),
+            "normalization": self._cleaning.normalization,
         }
 
-    @property
-    def size(self) -> int | None:
-        """Bytes of all text files, None where a table's text has to be read to know."""
-        return None if self._tables else sum(path.stat().st_size for _, path in self._texts)
+    def shard_identity(self, shard: Shard) -> dict[str, Any]:
+        """Return what decides the documents of one shard."""
+        digests = [self._digests[path] for _, path in shard.files]
+        if shard.kind == "hub":
+            digests = [self._source_fingerprint(shard.source)]
+        return {
+            "kind": shard.kind,
+            "range": [shard.start, shard.stop],
+            "fingerprint": _combined(digests),
+            "names": _combined([name for name, _ in shard.files]),
+            "source": self._settings(shard.source),
+            **{k: v for k, v in self.identity.items() if k != "sources"},
+        }
 
-    def _named_texts(self) -> Iterator[tuple[str, str]]:
-        for name, path in self._texts:
-            if text := read_text(path, errors=self._section.errors):
-                yield name, text
-        for name, table in self._tables:
-            for number, text in enumerate(table[self._section.text_column]):
-                text = text.as_py() if isinstance(text, pa.Scalar) else text
-                if not isinstance(text, str):
-                    raise InputError(
-                        f"{name}: row {number} of column {self._section.text_column!r} is "
-                        f"{text!r} and not text; clean the table or set data.text_column"
-                    )
-                if text:
-                    yield f"{name}:{number}", text
+    def _settings(self, number: int) -> dict[str, Any]:
+        """Return how a source is read, and which split it is given to, if any."""
+        settings = dict(self._groups)[number].model_dump(
+            mode="json",
+            include={"text_column", "separator", "errors", "join_rows"},
+            exclude_defaults=True,
+        )
+        return settings | ({"split": SPLITS[-number]} if number < 0 else {})
 
-    def _add(self, source: str) -> None:
-        if source == STANDARD_LIBRARY:
-            root = Path(sysconfig.get_path("stdlib"))
-            for path in sorted(root.rglob("*.py")):
-                parts = path.relative_to(root).parts
-                if not NOT_THE_LIBRARY & set(parts):
-                    self._texts.append(("/".join(parts), path))
-                    self._paths.append(path)
-            return
-        path = Path(source)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*.txt") if p.is_file())
-            remedy = f"for other files give a pattern, such as '{source}/**/*.md'"
-        elif path.exists():
-            if path.stat().st_size == 0:
-                raise InputError(f"{source}: the file is empty; there is nothing to train on")
-            found = [path]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(source, recursive=True))]
-            found = [p for p in found if p.is_file()]
-            remedy = f"looked in {Path.cwd()}; check data.files"
-        if not found:
-            kind = "no .txt file in this folder" if path.is_dir() else "no such file"
-            raise InputError(f"{source}: {kind}; {remedy}")
-        for path in found:
-            if path.suffix in TABLES:
-                self._tables.append((str(path), _read_table(path, self._section.text_column)))
-                self._paths.append(path)
-            else:
-                self._texts.append((str(path), path))
-                self._paths.append(path)
+    def _raw_documents(self) -> Iterator[sources.Document]:
+        for shard in self.shards:
+            if shard.source >= 0:
+                yield from sources.read_shard(shard, self.reader.source(shard))
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._paths:
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        if self._hub is not None:
-            digest.update(self._hub._fingerprint.encode())
-        return digest.hexdigest()
+    @functools.cache  # noqa: B019 - a corpus lives as long as the process
+    def _source_fingerprint(self, number: int) -> str:
+        source = dict(self._groups)[number]
+        if source.dataset is not None and self._section.streaming:
+            # Only a revision that is a commit makes sure that the text stays the same.
+            names = source.dataset, source.dataset_config, source.dataset_split
+            return _combined([str(name) for name in (*names, source.dataset_revision)])
+        if source.dataset is not None:
+            return sources.load_hub(source)._fingerprint
+        return _combined([self._digests[str(path)] for _, path in self._files[number]])
+
+
+def held_out_source(section: DataSection, split: str) -> SourceSection:
+    """Return the text given for a held-out split as a source, read as the first one is."""
+    first = section.all_sources[0]
+    files = getattr(section, f"{split}_files")
+    if not files:
+        return first.model_copy(update={"dataset_split": getattr(section, f"{split}_split")})
+    like = first.model_dump(include={"text_column", "separator", "errors", "join_rows"})
+    return SourceSection(files=files, **like)
 
 
 def split_of(text: str, section: DataSection) -> str:
@@ -171,76 +262,87 @@ def split_of(text: str, section: DataSection) -> str:
     `test_fraction`, validation the next `validation_fraction`. Copies land on one side, and adding
     documents moves no other.
     """
-    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])
-    share = number / 2**64
-    if share < section.test_fraction:
+    return split_of_digest(hashlib.sha256(text.encode()).digest(), section)
+
+
+def split_of_digest(digest: bytes, section: DataSection) -> str:
+    """Return the split of the document whose text has this sha256."""
+    share = int.from_bytes(digest[:8]) / 2**64
+    test = section.held_out_fraction("test")
+    if share < test:
         return "test"
-    if share < section.test_fraction + section.validation_fraction:
+    if share < test + section.held_out_fraction("validation"):
         return "validation"
     return "train"
 
 
-def read_text(path: Path, *, errors: str = "strict") -> str:
-    """Return a file's text, UTF-8, a byte-order mark removed, line endings as they are.
+def _slice(read: Any, start: int, stop: int) -> Iterator[str]:
+    """Yield the characters from `start` to `stop` of a text in windows."""
+    place = 0
+    for window in read():
+        part = window[max(0, start - place) : max(0, stop - place)]
+        place += len(window)
+        if part:
+            yield part
+        if place >= stop:
+            return
 
-    Raises:
-        InputError: the file cannot be read, or holds other bytes and `errors` is "strict".
-    """
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8", errors).removeprefix("\ufeff")
+        return path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {content[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            "convert the file, or replace such bytes with --data.errors replace"
-        ) from None
 
 
-def read_files(names: list[str], *, errors: str = "strict") -> list[str]:
-    """Return the texts of files in the order given.
+def _file_digests(stats: list[tuple[str, os.stat_result]], kept: Path | None) -> dict[str, str]:
+    """Return the sha256 of every file, of an untouched one as it was kept."""
+    known: dict[str, list] = {}
+    if kept is not None:
+        try:
+            found = json.loads(kept.read_text())
+            known = found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            pass
+    marks = {
+        path: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in stats
+    }
+    changed = [path for path in marks if known.get(path, [None])[:-1] != marks[path]]
+    size = sum(marks[path][0] for path in changed)
+    with (
+        ThreadPoolExecutor() as pool,  # hashlib lets other threads run
+        tqdm(
+            desc="fingerprint", total=size, unit="B", unit_scale=True, delay=2, disable=None
+        ) as bar,
+    ):
+        digests = {path: entry[-1] for path, entry in known.items() if path in marks}
+        parts = [changed[start : start + 256] for start in range(0, len(changed), 256)]
+        for part, found in zip(parts, pool.map(_sha256, parts), strict=True):
+            digests |= zip(part, found, strict=True)
+            bar.update(sum(marks[path][0] for path in part))
+    if kept is not None and changed:
+        settled = time.time_ns() - int(RACY_SECONDS * 1e9)
+        entries = {p: [*m, digests[p]] for p, m in marks.items() if m[2] < settled}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        staging = kept.with_name(f"_{kept.name}-{os.getpid()}")
+        staging.write_text(json.dumps(entries))
+        os.replace(staging, kept)
+    return digests
 
-    Raises:
-        InputError: a file is missing, empty, or not UTF-8.
-    """
-    texts = []
-    for name in names:
-        if not Path(name).is_file():
-            kind = "a folder; name the files in it" if Path(name).is_dir() else "no such file"
-            raise InputError(f"{name}: {kind}; looked in {Path.cwd()}")
-        texts.append(read_text(Path(name), errors=errors))
-        if not texts[-1]:
-            raise InputError(f"{name}: the file is empty; there is nothing to score")
-    return texts
+
+def _sha256(paths: list[str]) -> list[str]:
+    digests = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return digests
 
 
-def _read_table(path: Path, column: str) -> pa.Table:
-    """Read a table by its suffix, without the cache of `datasets`, which trusts size and time."""
-    try:
-        if path.suffix == ".jsonl":
-            return pyarrow.json.read_json(path)
-        if path.suffix == ".csv":
-            return pyarrow.csv.read_csv(
-                path,
-                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                # Everything in a CSV is text; without this a column of digits were numbers.
-                convert_options=pyarrow.csv.ConvertOptions(column_types={column: pa.string()}),
-            )
-        return pyarrow.parquet.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a {path.suffix} table: {first_line(error)}") from None
-
-
-def _load_hub(section: DataSection):  # -> datasets.Dataset
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            section.dataset,
-            section.dataset_config,
-            split=section.dataset_split,
-            revision=section.dataset_revision,
-        )
-    except Exception as error:  # network, name, configuration, split, permission
-        raise not_loaded(f"data.dataset {section.dataset}", "data set", error) from None
+def _combined(digests: list[str]) -> str:
+    digest = hashlib.sha256()
+    for one in digests:
+        digest.update(f"{len(one)}:{one}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

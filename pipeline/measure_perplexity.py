@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv, MeasureOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help should not.
-    from pipeline.corpus import read_files
     from pipeline.model import load_model
     from pipeline.perplexity import check_target, load_metric
+    from pipeline.sources import read_files
     from pipeline.tokenizer import load_tokenizer
 
     check_target(options.json_)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from pipeline.recipe import InputError, ModelSection, check_local, first_line, not_loaded
@@ -80,15 +81,22 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
 
 
 def build_model(
-    section: ModelSection, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    seed: int,
+    attend_across: bool = True,
 ) -> GPT2LMHeadModel:
     """Return the model in fp32, its vocabulary, positions and special ids set.
 
     Fresh weights follow GPT-2 (Radford et al. 2019): normal with standard deviation 0.02, the
-    projections into the residual stream 0.02 / sqrt(2 * layers).
+    projections into the residual stream 0.02 / sqrt(2 * layers). With `attend_across` false the
+    config says so, for whoever measures the model, and the attention surely keeps documents apart.
 
     Raises:
-        InputError: see `check_model`; or the tokenizer has ids that a pretrained model lacks.
+        InputError: see `check_model`; or the tokenizer has ids that a pretrained model lacks; or
+            the attention cannot keep documents apart.
     """
     check_model(section, block_size=block_size)
     end_of_text = tokenizer.eos_token_id
@@ -116,6 +124,10 @@ def build_model(
             f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "
             f"{model.config.vocab_size}; leave out tokenizer: to use the model's own"
         )
+    if not attend_across:
+        _check_documents_are_apart(model)
+    if not attend_across or hasattr(model.config, "attend_across"):
+        model.config.attend_across = attend_across
     # Stock `pipeline("text-generation")` otherwise asks for more tokens than there are positions.
     model.generation_config.max_new_tokens = max(1, model.config.n_positions // 2)
     model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
@@ -126,6 +138,36 @@ def build_model(
     model.loss_type = "ForCausalLM"
     model.forward = types.MethodType(_forward_with_loss_or_logits, model)
     return model
+
+
+def _check_documents_are_apart(model: GPT2LMHeadModel) -> None:
+    """Make the mask of two documents of two tokens, and see that the second cannot see the first.
+
+    An attention function without a mask function (a fast causal kernel) gets none and would drop
+    the boundaries without a word. Flash attention gets none either, but reads the positions.
+    """
+    name = model.config._attn_implementation
+    if name.startswith("flash_attention"):
+        return
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, 4, model.config.n_embd),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.tensor([[0, 1, 0, 1]]),
+    )
+    if isinstance(mask, torch.Tensor):
+        # Boolean masks say what is seen, others what is added to the scores.
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        wanted = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
+        if torch.equal(seen[0, 0], wanted):
+            return
+    elif mask is not None:  # flex_attention's block mask, made from the same mask function
+        return
+    raise InputError(
+        f"model.attn_implementation: {name} has no mask and would let documents see each other; "
+        "with data.attend_across false take eager or sdpa"
+    )
 
 
 @functools.wraps(GPT2LMHeadModel.forward)

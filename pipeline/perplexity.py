@@ -68,7 +68,7 @@ def sum_nats(
     device: torch.device | str,
     after_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Return the nats of all labels in `batches` ({"input_ids", "labels"}, both [batch, block]).
+    """Return the nats of all labels in `batches`, as `Rows` hands them out.
 
     The label of position t is predicted from the positions before t; labels of -100 and those at
     position 0 are not scored. Cross-entropy per token is fp32, the sum fp64.
@@ -78,9 +78,9 @@ def sum_nats(
     nats = 0.0
     try:
         for batch in batches:
-            ids = batch["input_ids"].to(device)
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             labels = batch["labels"].to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
             losses = F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(),
                 labels[:, 1:].flatten(),
@@ -98,7 +98,7 @@ def score_rows(model: torch.nn.Module, batches: HeldOutBatches, **options: Any) 
     """Return the score of a held-out split in one process; `options` as for `sum_nats`."""
     rows = batches.dataset
     nats = sum_nats(model, batches, **options)
-    return Score(nats=nats, tokens=rows.tokens - 1, bytes=rows.scored_bytes)
+    return Score(nats=nats, tokens=rows.scored_tokens, bytes=rows.scored_bytes)
 
 
 def score_texts(
@@ -110,6 +110,9 @@ def score_texts(
     batch_size: int = 8,
 ) -> Score:
     """Return the score of texts laid end to end, every token after the first scored once.
+
+    A model that was trained with `attend_across: false` says so in its config, and is then scored
+    as it was trained: each text by itself, every token after its first.
 
     Raises:
         InputError: nothing to predict, a window beyond the model's positions, or a tokenizer with
@@ -123,7 +126,12 @@ def score_texts(
             f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: "
             "they do not belong together"
         )
-    rows = Rows.held_out(texts, tokenizer, block_size=block_size or positions)
+    rows = Rows.held_out(
+        texts,
+        tokenizer,
+        block_size=block_size or positions,
+        attend_across=getattr(model.config, "attend_across", True),
+    )
     batches = HeldOutBatches(rows, batch_size=batch_size)
     with tqdm(desc="scoring", total=len(batches), delay=2, disable=None) as bar:
         return score_rows(model, batches, device=model.device, after_batch=bar.update)

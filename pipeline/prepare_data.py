@@ -1,8 +1,12 @@
 """Turn the recipe's text into fixed-length rows of ids on disk.
 
-python pipeline/prepare_data.py --config recipes/quickstart.yaml --num_proc 2
+python pipeline/prepare_data.py --config recipes/quickstart.yaml --show 5
+
+Several machines with a common file system share the work, each started with its own rank:
+accelerate launch --num_machines N --machine_rank R ... pipeline/prepare_data.py
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,16 +18,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PrepareOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help or a misspelt key should not.
-    from pipeline.blocks import obtain_blocks
     from pipeline.corpus import Corpus
-    from pipeline.tokenizer import obtain_tokenizer
+    from pipeline.preparation import prepare_blocks, show
+    from pipeline.tokenizer import await_tokenizer, obtain_tokenizer
 
-    corpus = Corpus(recipe.data)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    corpus = Corpus(recipe.data, recipe.cleaning, digests=recipe.digests_path)
+    await_tokenizer(recipe.tokenizer, recipe.tokenizer_dir, rank=rank)
     tokenizer = obtain_tokenizer(
-        recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
-    )
-    obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir, num_proc=options.num_proc)
-    sys.stdout.write(f"rows in {recipe.blocks_dir}\n")
+        recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained,
+        for_text_only=True,
+    )  # fmt: skip
+    prepare_blocks(
+        recipe.data, corpus, tokenizer, recipe.blocks_dir, cleaning=recipe.cleaning,
+        num_proc=options.num_proc, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    if rank == 0:
+        sys.stdout.write(f"rows in {recipe.blocks_dir}\n")
+        if options.show:
+            sys.stdout.write(show(recipe.blocks_dir, tokenizer, options.show) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: torch takes seconds, and --help or a misspelt key should not.
     from pipeline import report, run_folder
     from pipeline.arguments import training_arguments
-    from pipeline.blocks import obtain_blocks
-    from pipeline.corpus import Corpus
     from pipeline.model import build_model, check_model
-    from pipeline.tokenizer import obtain_tokenizer
+    from pipeline.run_data import obtain_run_data
     from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(recipe)
@@ -27,24 +25,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = arguments.process_index == 0
     with run_folder.opened(recipe, options, is_main_process=is_main) as run:
         if not run.finished:
-            with arguments.main_process_first(local=False):
-                corpus = Corpus(recipe.data)
-                tokenizer = obtain_tokenizer(
-                    recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
-                )
-                blocks = obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
+            data = obtain_run_data(recipe, arguments)
             model = build_model(
-                recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
-            )
+                recipe.model, data.tokenizer, block_size=recipe.data.block_size,
+                seed=arguments.seed, attend_across=recipe.data.attend_across,
+            )  # fmt: skip
             trainer = PretrainingTrainer(
-                recipe, arguments, model=model, tokenizer=tokenizer, blocks=blocks
+                recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks
             )
             run.begin(recipe)
-            trainer.train_from(options.resume)
+            with data.flowing():
+                trainer.train_from(options.resume)
             trainer.save_result()
-            metrics, sample = trainer.result(blocks)
+            metrics, sample = trainer.result(data.blocks)
             if is_main:
-                report.write_report(recipe, metrics, sample, trainer.history, tokenizer)
+                report.write_report(recipe, metrics, sample, trainer.history, data.tokenizer)
     if is_main:
         sys.stdout.write(f"\n{report.summary(recipe)}\n")
 

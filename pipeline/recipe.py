@@ -103,15 +103,20 @@ class TokenizerSection(Section):
     """Entries to train, <|endoftext|> included (at least 257)."""
     pretrained: str | None = None
     """Folder or Hub name of an existing tokenizer, instead of training one."""
+    sample_bytes: int = Field(100_000_000, ge=1)
+    """Training text to train it on, in bytes, taken evenly from all of it: memory stays bounded."""
+    sample_document_characters: int = Field(1_000_000, ge=1)
+    """Of a longer document only that much is in the sample."""
 
 
-class DataSection(Section):
-    """Documents, their split into training, validation and test, and the rows cut from them."""
+class SourceFields(Section):
+    """Where documents come from and how they are told apart."""
 
     files: list[str] | None = None
-    """Text files, folders (their *.txt), globs, .jsonl/.csv/.parquet tables, or python:stdlib."""
+    """Text files, folders (their text and table files), globs, .txt/.jsonl/.csv/.parquet (also
+    .gz and .zst), python:stdlib, or python:packages (the installed packages' .py files)."""
     dataset: str | None = None
-    """Hub name of a data set, instead of files."""
+    """Hub name (or local folder) of a data set, instead of files."""
     dataset_config: str | None = None
     """Configuration of that data set."""
     dataset_split: str = "train"
@@ -120,8 +125,63 @@ class DataSection(Section):
     """Branch, tag or commit of that data set."""
     text_column: str = "text"
     """Column of a table or data set that holds a document's text."""
+    separator: str | None = Field(None, min_length=1)
+    """What stands between the documents of a text file (default: a file is one document); \\n and
+    \\t are read as line feed and tab."""
+    join_rows: bool = False
+    """The rows of a table are pieces of one text, to be joined as they are (WikiText's lines)."""
     errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
+    """Bytes or characters that are not Unicode text: stop and name them, or put U+FFFD there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "files")
+
+    @model_validator(mode="after")
+    def _rows_have_no_separator(self) -> "SourceFields":
+        if self.join_rows and self.separator is not None:
+            raise ValueError("data.join_rows is for tables, data.separator for text files")
+        return self
+
+    @property
+    def separator_bytes(self) -> bytes | None:
+        """The separator as it stands in a file."""
+        if self.separator is None:
+            return None
+        return self.separator.replace("\\n", "\n").replace("\\t", "\t").encode()
+
+
+class SourceSection(SourceFields):
+    """One of several sources of a mixture."""
+
+    name: str | None = None
+    """What tables call it (default: its first file, or the data set)."""
+    weight: float | None = Field(None, ge=0)
+    """Share of the training tokens; all sources have one and they sum to 1, or none has."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceSection":
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("every entry of data.sources has exactly one of files and dataset")
+        return self
+
+
+class DataSection(SourceFields):
+    """Documents, their split into training, validation and test, and the rows cut from them."""
+
+    sources: list[SourceSection] | None = None
+    """Several sources instead of one, each with its own files or dataset, and with weights."""
+    mixture_tokens: int | None = Field(None, ge=1)
+    """With weights: training tokens wanted (default: as many as leave the weights true)."""
+    validation_files: list[str] | None = None
+    """Files that are the validation text, instead of data.validation_fraction of the sources."""
+    test_files: list[str] | None = None
+    """Files that are the test text, instead of data.test_fraction of the sources."""
+    validation_split: str | None = None
+    """Split of data.dataset that is the validation text, as validation_files."""
+    test_split: str | None = None
+    """Split of data.dataset that is the test text, as test_files."""
     hold_out: Literal["auto", "documents", "tail"] = "auto"
     """Hold out whole documents by a hash of their text, or the end of every document (auto: the
     tail when there are fewer than 100 documents)."""
@@ -131,25 +191,135 @@ class DataSection(Section):
     """Share held out for the final test."""
     block_size: int = Field(1024, ge=2)
     """Tokens in a row."""
+    packing: Literal["concatenate", "best_fit", "sliding"] = "concatenate"
+    """concatenate: one stream cut into rows; best_fit: whole documents, placed so that least is
+    filled up; sliding: windows that overlap."""
+    stride: int | None = Field(None, ge=1)
+    """sliding only: tokens from the start of one row to that of the next."""
+    attend_across: bool = True
+    """Whether a token sees the documents before its own in the same row; false keeps attention and
+    positions within each document."""
+    streaming: bool = False
+    """Tokenise on the way to the device instead of beforehand, for text larger than the disk."""
+    held_out_from_bytes: int = Field(256_000_000, ge=1)
+    """streaming only: the held-out documents are those in that much of the text's beginning."""
     path: str | None = None
     """Folder of the prepared rows (default: <training.output_dir>/blocks)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _one_file_is_a_list(cls, values: Any) -> Any:
-        return _listed(values, "files")
+    def _one_held_out_file_is_a_list(cls, values: Any) -> Any:
+        return _listed(_listed(values, "validation_files"), "test_files")
 
     @model_validator(mode="after")
-    def _one_corpus(self) -> "DataSection":
-        if (self.files is None) == (self.dataset is None):
+    def _no_contradiction(self) -> "DataSection":
+        given = [self.files is not None, self.dataset is not None, self.sources is not None]
+        if sum(given) != 1:
             raise ValueError(
-                "give exactly one of data.files and data.dataset (null takes one back)"
+                "give exactly one of data.files, data.dataset and data.sources (null takes one "
+                "back)"
             )
-        if self.validation_fraction + self.test_fraction >= 1:
+        stated = self.model_fields_set
+        if self.sources is not None:
+            misplaced = [n for n in SourceFields.model_fields if n in stated and getattr(self, n)]
+            if misplaced:
+                raise ValueError(
+                    f"data.{misplaced[0]} beside data.sources: state it in each source instead"
+                )
+            _check_weights(self.sources)
+        for split in ("validation", "test"):
+            if getattr(self, f"{split}_split") is None:
+                continue
+            if self.dataset is None or getattr(self, f"{split}_files"):
+                raise ValueError(
+                    f"data.{split}_split names a split of data.dataset; for files there is "
+                    f"data.{split}_files"
+                )
+        if self.packing == "sliding":
+            if self.stride is None or self.stride > self.block_size:
+                raise ValueError(
+                    "data.packing sliding needs data.stride, from 1 to data.block_size "
+                    f"({self.block_size}); got {self.stride}"
+                )
+        elif self.stride is not None:
+            raise ValueError("data.stride has a meaning for data.packing sliding only")
+        if self.streaming and self.packing != "concatenate":
+            raise ValueError(
+                f"data.packing {self.packing} has to see all documents first; with data.streaming "
+                "only concatenate works"
+            )
+        if self.held_out_fraction("validation") + self.held_out_fraction("test") >= 1:
             raise ValueError(
                 "data.validation_fraction and data.test_fraction leave nothing to train on: "
                 "their sum must be below 1"
             )
+        return self
+
+    @property
+    def all_sources(self) -> list[SourceSection]:
+        """The sources, also where there is only one."""
+        if self.sources is not None:
+            return self.sources
+        fields = {n: getattr(self, n) for n in SourceFields.model_fields}
+        return [SourceSection(**fields)]
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the sources are mixed by weights."""
+        return self.all_sources[0].weight is not None
+
+    def held_out_fraction(self, split: str) -> float:
+        """Return the share of the sources' documents that a split takes, 0 if it has its own."""
+        return 0.0 if self.has_own(split) else getattr(self, f"{split}_fraction")
+
+    def has_own(self, split: str) -> bool:
+        """Whether a held-out split has text of its own."""
+        return bool(getattr(self, f"{split}_files") or getattr(self, f"{split}_split"))
+
+
+def _check_weights(sources: list[SourceSection]) -> None:
+    weights = [source.weight for source in sources]
+    if not sources:
+        raise ValueError("data.sources is an empty list; give at least one source")
+    if all(weight is None for weight in weights):
+        return
+    if any(weight is None for weight in weights):
+        raise ValueError("data.sources: either every source has a weight or none has")
+    if abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"data.sources: the weights sum to {sum(weights):g}; they are fractions of the "
+            "training tokens and must sum to 1"
+        )
+
+
+class CleaningSection(Section):
+    """What is left out of the training text; every step is counted, none is on by itself."""
+
+    deduplicate: bool = False
+    """Keep only the first of documents with the same text."""
+    decontaminate: Literal["drop", "cut"] | None = None
+    """Training documents that share 13 tokens in a row with held-out text or a benchmark: drop
+    them, or cut those tokens out."""
+    benchmark_files: list[str] = Field(default_factory=list)
+    """Files to keep out of the training text besides the held-out text (for decontaminate)."""
+    shortest: int = Field(1, ge=1)
+    """Characters that a document must have."""
+    longest: int | None = Field(None, ge=1)
+    """Characters that a document may have."""
+    normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    """Unicode normalisation of every document, before anything else looks at it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_benchmark_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "benchmark_files")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "CleaningSection":
+        if self.benchmark_files and self.decontaminate is None:
+            raise ValueError("cleaning.benchmark_files needs cleaning.decontaminate: drop or cut")
+        if self.longest is not None and self.longest < self.shortest:
+            raise ValueError("cleaning.longest is below cleaning.shortest: no document is both")
         return self
 
 
@@ -230,6 +400,7 @@ class Recipe(Section):
     """Arithmetic of the forward pass; weights stay fp32 (auto: bf16 where the device has it)."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection
+    cleaning: CleaningSection = Field(default_factory=CleaningSection)
     model: ModelSection
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
@@ -251,6 +422,26 @@ class Recipe(Section):
             raise ValueError("give tokenizer.vocab_size to train one, or tokenizer.pretrained")
         return self
 
+    @model_validator(mode="after")
+    def _a_stream_is_never_seen_whole(self) -> "Recipe":
+        if not self.data.streaming:
+            return self
+        for name in ("deduplicate", "decontaminate"):
+            if getattr(self.cleaning, name):
+                raise ValueError(
+                    f"cleaning.{name} has to see all documents first; it cannot be had with "
+                    "data.streaming"
+                )
+        if not self.training.get("max_steps"):
+            raise ValueError("data.streaming needs training.max_steps: a stream has no end")
+        sources = self.data.all_sources
+        if len(sources) > 1 and not self.data.is_weighted:
+            raise ValueError(
+                "data.streaming needs a weight for each of data.sources: how long they are is "
+                "not known"
+            )
+        return self
+
     @property
     def output_dir(self) -> Path:
         """The run folder."""
@@ -265,6 +456,16 @@ class Recipe(Section):
     def blocks_dir(self) -> Path:
         """The folder of the prepared rows."""
         return Path(self.data.path) if self.data.path else self.output_dir / "blocks"
+
+    @property
+    def ring_dir(self) -> Path:
+        """The folder through which streamed rows pass."""
+        return self.output_dir / "_ring"
+
+    @property
+    def digests_path(self) -> Path:
+        """The file that keeps the fingerprints of the corpus's files."""
+        return self.blocks_dir.parent / f"_digests-{self.blocks_dir.name}.json"
 
     def with_values(self, **values: Any) -> "Recipe":
         """Return a copy in which choices left open (`auto`) are replaced by what was chosen."""
@@ -359,7 +560,9 @@ def sentence_of(
     """Turn the first of pydantic's findings into one sentence with file, key, value and remedy."""
     finding = error.errors()[0]
     parts = [
-        str(p) for p in finding["loc"] if str(p) in _all_names(model) or p is finding["loc"][0]
+        str(p)
+        for p in finding["loc"]
+        if str(p) in _all_names(model) or isinstance(p, int) or p is finding["loc"][0]
     ]
     if finding["type"] in ("extra_forbidden", "missing"):
         parts = [str(p) for p in finding["loc"]]
@@ -388,7 +591,7 @@ def sentence_of(
 
 
 def _all_names(model: type[BaseModel]) -> set[str]:
-    names = set(model.model_fields)
+    names = set(model.model_fields) | set(SourceSection.model_fields)
     for field in model.model_fields.values():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names |= _all_names(field.annotation)
@@ -397,5 +600,8 @@ def _all_names(model: type[BaseModel]) -> set[str]:
 
 def _names_beside(model: type[BaseModel], parts: list[str]) -> list[str]:
     for name in parts[:-1]:
-        model = model.model_fields[name].annotation
+        if name.isdigit():  # the place in data.sources
+            model = SourceSection
+        elif name != "sources":
+            model = model.model_fields[name].annotation
     return list(model.model_fields)

@@ -1,7 +1,6 @@
 """One run's folder: whose it is, what state it is in, and that nobody else's is overwritten."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -54,7 +53,8 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
     """
     folder = recipe.output_dir
     _check_writable(folder)
-    with _locked(folder) if is_main_process else contextlib.nullcontext():
+    locked = artifact.locked(folder, "--training.output_dir")
+    with locked if is_main_process else contextlib.nullcontext():
         # While the main process sets a run aside, the others must not look at it.
         state = _claim(recipe, options) if is_main_process or not options.overwrite else "new"
         if state == "finished":
@@ -157,7 +157,7 @@ def _ours(folder: Path) -> list[Path]:
     """Return what a run of ours wrote: results, whole artifacts, TensorBoard's logs."""
     parts = [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]
     found = [part for part in parts if artifact.read_manifest(part) is not None]
-    found += [folder / name for name in (*RESULTS, "runs")]
+    found += [folder / name for name in (*RESULTS, "runs", "_ring", "_digests-blocks.json")]
     return [path for path in found if path.exists()]
 
 
@@ -179,27 +179,6 @@ def _check_writable(folder: Path) -> None:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); choose another --training.output_dir"
         ) from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(
-            f"{folder}: another process is at work in it; wait for it, end it, or choose another "
-            "--training.output_dir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

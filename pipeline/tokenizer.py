@@ -1,36 +1,89 @@
-"""Train or load a byte-level BPE tokenizer with its special tokens set."""
+"""Train or load a byte-level BPE tokenizer with its special tokens set.
+
+`transformers` is imported where it is needed and not before: it imports torch, and preparing text
+takes less time than that.
+"""
+
+from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tqdm.auto import tqdm
 
 from pipeline import artifact
 from pipeline.corpus import Corpus
 from pipeline.recipe import InputError, TokenizerSection, check_local, not_loaded
+from pipeline.sources import Shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
+COMPARED_BYTES = 1 << 20
 END_OF_TEXT = "<|endoftext|>"  # bos, eos and pad, as in GPT-2
 
 
+class FolderTokenizer:
+    """A tokenizer that transformers saved, opened without it: what preparing text needs."""
+
+    def __init__(self, folder: str) -> None:
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.get("backend") != "tokenizers":  # another version may build it differently
+            raise ValueError(f"{folder}: not saved by transformers 5")
+        self.name_or_path = folder
+        self.backend_tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        names = [value for key, value in config.items() if key.endswith("_token")]
+        found = [self._id_of(name) for name in names if isinstance(name, str)]
+        self.all_special_ids = sorted({number for number in found if number is not None})
+        self.eos_token_id = self._id_of(config["eos_token"])
+        is_byte_level = isinstance(self.backend_tokenizer.decoder, decoders.ByteLevel)
+        if self.eos_token_id is None or not is_byte_level:
+            raise ValueError(f"{folder}: what is wrong is said by `load_tokenizer`")
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of each entry."""
+        return self.backend_tokenizer.get_vocab()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text, special tokens shown."""
+        return self.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _id_of(self, name: str) -> int | None:
+        return self.backend_tokenizer.token_to_id(name)
+
+
 def obtain_tokenizer(
-    section: TokenizerSection, corpus: Corpus, folder: Path, *, model: str | None = None
-) -> PreTrainedTokenizerBase:
+    section: TokenizerSection,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    model: str | None = None,
+    for_text_only: bool = False,
+) -> PreTrainedTokenizerBase | FolderTokenizer:
     """Return the recipe's tokenizer: loaded, found in `folder`, or trained and kept there.
 
-    `model` is the pretrained model to go on from, if any: its tokenizer is the default.
+    `model` is the pretrained model to go on from, if any: its tokenizer is the default. With
+    `for_text_only` it is opened without transformers where that is possible.
 
     Raises:
         InputError: see `train_tokenizer` and `load_tokenizer`, or the folder holds another one.
     """
+    load = _load_quickly if for_text_only else load_tokenizer
     if section.vocab_size is None:
-        tokenizer = load_tokenizer(section.pretrained or model)
+        tokenizer = load(section.pretrained or model)
         if section.pretrained is not None and model is not None:
             if load_tokenizer(model).get_vocab() != tokenizer.get_vocab():
                 raise InputError(
@@ -38,13 +91,89 @@ def obtain_tokenizer(
                     f"{model} was trained with; leave out tokenizer.pretrained"
                 )
         return tokenizer
-    made_from = {"tokenizer": {"vocab_size": section.vocab_size}, "corpus": corpus.identity}
+    made_from = {
+        "tokenizer": section.model_dump(mode="json", exclude={"pretrained"}),
+        "corpus": corpus.identity,
+    }
     if not artifact.reusable(folder, made_from):
         with artifact.staged(folder, made_from) as (staging, _):
-            tokenizer = train_tokenizer(corpus.texts("train"), vocab_size=section.vocab_size)
+            sample = training_sample(corpus, section)
+            tokenizer = train_tokenizer(sample, vocab_size=section.vocab_size)
             tokenizer.save_pretrained(staging)
         logger.info("tokenizer: %s entries trained, in %s", f"{len(tokenizer):,}", folder)
-    return load_tokenizer(str(folder))
+    return load(str(folder))
+
+
+def await_tokenizer(section: TokenizerSection, folder: Path, *, rank: int) -> None:
+    """On all machines but the first: wait until that one has trained the tokenizer."""
+    while rank and section.vocab_size is not None and artifact.read_manifest(folder) is None:
+        time.sleep(0.2)
+
+
+def training_sample(corpus: Corpus, section: TokenizerSection) -> Iterator[str]:
+    """Yield training text of at most `sample_bytes`, each shard of the corpus giving its share.
+
+    A document counts, and is read, up to `sample_document_characters`.
+    """
+    total = sum(shard.size for shard in corpus.shards if shard.source >= 0)
+    with tqdm(
+        desc="tokenizer", total=min(total, section.sample_bytes), unit="B", unit_scale=True,
+        delay=2, disable=None,
+    ) as bar:  # fmt: skip
+        for shard in corpus.shards:
+            budget = -(-section.sample_bytes * shard.size // max(1, total))
+            if shard.source < 0 or budget <= 0:
+                continue
+            for text in _beginnings(corpus, shard, section.sample_document_characters):
+                size = len(text.encode())
+                if size > budget:
+                    text = text.encode()[:budget].decode("utf-8", "ignore")
+                if text:
+                    yield text
+                bar.update(min(size, budget))
+                budget -= size
+                if budget <= 0:
+                    break
+
+
+def compare(corpus: Corpus, tokenizers: dict[str, PreTrainedTokenizerBase]) -> str:
+    """Return a table of the bytes that a token stands for, by source and tokenizer.
+
+    Held-out text and training text alike, about a megabyte from all over each source.
+    """
+    names = corpus.source_names()
+    counts = {name: {t: [0, 0] for t in tokenizers} for name in names}
+    encoders = {name: text_encoder(tokenizer) for name, tokenizer in tokenizers.items()}
+    for number, name in enumerate(names):
+        shards = [shard for shard in corpus.shards if corpus.group_of(shard) == number]
+        for shard in shards:
+            left = COMPARED_BYTES // len(shards)
+            for document in corpus.reader.documents(shard):
+                text = next(document.read(), "")[: max(left, 1000)]
+                for t, encoder in encoders.items():
+                    ids = encoder.encode(text, add_special_tokens=False).ids
+                    counts[name][t][0] += len(text.encode())
+                    counts[name][t][1] += len(ids)
+                left -= len(text.encode())
+                if left <= 0:
+                    break
+    width = max(24, *(len(name) + 2 for name in names))
+    lines = [f"{'bytes per token':<{width}}" + "".join(f"{t[-24:]:>26}" for t in tokenizers)]
+    for name in names:
+        ratios = (size / max(1, count) for size, count in counts[name].values())
+        lines.append(f"{name:<{width}}" + "".join(f"{ratio:>26.3f}" for ratio in ratios))
+    return "\n".join(lines)
+
+
+def _beginnings(corpus: Corpus, shard: Shard, characters: int) -> Iterator[str]:
+    for document in corpus.reader.documents(shard):
+        if document.split == "train":
+            left = characters
+            for window in document.read():
+                yield window[:left]
+                left -= len(window)
+                if left <= 0:
+                    break
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -56,6 +185,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     Raises:
         InputError: the texts give fewer entries than asked for.
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -86,9 +217,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, it is not byte-level BPE, or it has no end-of-text token.
     """
-    check_local(name, "tokenizer", "tokenizer_config.json")
+    from transformers import AutoTokenizer, GPT2TokenizerFast
+
+    bare = (Path(name) / "vocab.json").is_file() and (Path(name) / "merges.txt").is_file()
+    bare = bare and not (Path(name) / "tokenizer_config.json").exists()
+    if not bare:
+        check_local(name, "tokenizer", "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if bare:  # as OpenAI published GPT-2's
+            tokenizer = GPT2TokenizerFast.from_pretrained(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format
         raise not_loaded(name, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
@@ -102,6 +241,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         raise InputError(f"{name}: only byte-level BPE tokenizers, as GPT-2's, can be used")
     return tokenizer
+
+
+def _load_quickly(name: str) -> PreTrainedTokenizerBase | FolderTokenizer:
+    try:
+        return FolderTokenizer(name)
+    except Exception:  # no folder, another format, damage: the full way works or says what is wrong
+        return load_tokenizer(name)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

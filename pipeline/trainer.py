@@ -34,13 +34,14 @@ from pipeline.callbacks import (
     Stopwatch,
     TrainingProgressCallback,
 )
-from pipeline.corpus import read_text
 from pipeline.generation import continuation
 from pipeline.lr_schedule import schedule
 from pipeline.model import load_model, parameter_count
 from pipeline.perplexity import Score, bits_per_byte, perplexity, sum_nats
 from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.row_order import ShuffledPlaces
 from pipeline.run_folder import comparable
+from pipeline.sources import read_text
 from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -188,12 +189,15 @@ class PretrainingTrainer(Trainer):
         for prompt in section.prompts[:1]:
             settings = section.model_dump(exclude={"prompts"})
             sample = prompt + continuation(model, self.processing_class, prompt, **settings)
+        train_tokens = self.state.global_step * self.recipe.tokens_per_update
         metrics |= {
-            "train_tokens": self.state.global_step * self.recipe.tokens_per_update,
+            "train_tokens": train_tokens,
             "train_tokens_per_second": self._spent["tokens_per_second"],
             "train_seconds": self._spent["train_seconds"],
             "compile_seconds": self._spent["compile_seconds"],
-            "train_bytes": blocks["train"].bytes,
+            "train_bytes": round(train_tokens * self._bytes_per_token)
+            if blocks["train"].is_stream
+            else blocks["train"].bytes,
             "parameters": parameter_count(self.model),
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
@@ -233,11 +237,12 @@ class PretrainingTrainer(Trainer):
 
         Trainer would end each epoch in a smaller update, and `tokens_per_update` were not kept.
         """
-        rows = train_dataset if train_dataset is not None else self.train_dataset
+        if self.train_dataset.is_stream:  # it comes shuffled
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        rows = len(train_dataset if train_dataset is not None else self.train_dataset)
         per_update = self.recipe.tokens_per_update // self.recipe.data.block_size
-        return torch.utils.data.RandomSampler(
-            rows, num_samples=len(rows) // per_update * per_update
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ShuffledPlaces(rows, rows // per_update * per_update, seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Time the first update apart: it holds the compilation."""
@@ -363,7 +368,7 @@ class PretrainingTrainer(Trainer):
             total = torch.tensor(nats, dtype=torch.float64, device=self.args.device)
             nats = self.accelerator.reduce(total).item()
         rows = batches.dataset
-        return Score(nats=nats, tokens=rows.tokens - 1, bytes=rows.scored_bytes)
+        return Score(nats=nats, tokens=rows.scored_tokens, bytes=rows.scored_bytes)
 
     def _origin(self) -> dict[str, Any]:
         return {"recipe": comparable(self.recipe), **self._fingerprints}
@@ -403,7 +408,11 @@ class PretrainingTrainer(Trainer):
             f"{arguments.gradient_accumulation_steps} accumulated x "
             f"{arguments.world_size} process(es)",
             f"run: {updates:,} updates, {updates * self.recipe.tokens_per_update:,} tokens, "
-            f"{updates * per_update / rows:.2f} times the training text",
+            + (
+                "streamed"
+                if self.train_dataset.is_stream
+                else f"{updates * per_update / rows:.2f} times the training text"
+            ),
             f"machine: {_device_name(arguments.device)}, {torch.get_num_threads()} threads, "
             f"{self.recipe.precision}, {'' if arguments.torch_compile else 'not '}compiled"
             + (" (the first update takes longer)" if arguments.torch_compile else ""),
@@ -430,6 +439,7 @@ class PretrainingTrainer(Trainer):
                     [read_text(Path(file), errors=self.recipe.data.errors)],
                     tokenizer,
                     block_size=self.recipe.data.block_size,
+                    attend_across=self.recipe.data.attend_across,
                 )
                 for name, file in section.texts.items()
             }

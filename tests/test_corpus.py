@@ -1,22 +1,20 @@
-"""Documents: where they come from, which split they are in, and the sentences when they fail."""
+"""Documents: which split they are in, in which order, and what tells one corpus from another."""
 
 import hashlib
 import json
 import os
 import random
 import re
+import time
+import unicodedata
 
 import datasets
 import pytest
 
-from pipeline.corpus import Corpus, read_files, read_text, split_of
-from pipeline.recipe import DataSection, InputError
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Tables are cached where nobody else's are."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+from pipeline import corpus as corpus_module
+from pipeline import sources
+from pipeline.corpus import Corpus, split_of
+from pipeline.recipe import CleaningSection, DataSection
 
 
 def section(files, **values):
@@ -40,11 +38,8 @@ def synthetic(count):
     return ["".join(source.choices("abcdefg \n", k=source.randint(20, 80))) for _ in range(count)]
 
 
-def refusal(files, **values):
-    """Return the sentence with which a corpus is refused, on opening or on reading."""
-    with pytest.raises(InputError) as caught:
-        list(Corpus(section(files, **values)).documents())
-    return str(caught.value)
+def texts_of(corpus):
+    return [document.text for document in corpus.documents()]
 
 
 # -- the split ------------------------------------------------------------------------------------
@@ -154,69 +149,141 @@ def test_texts_are_the_documents_of_one_split(tmp_path):
         assert members == [d.text for d in corpus.documents() if d.split == split] != []
 
 
-# -- reading --------------------------------------------------------------------------------------
+# -- several sources, and files of their own for a split -------------------------------------------
 
 
-def test_byte_order_mark_goes_and_line_endings_stay(tmp_path):
-    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\rthree\n")
-    (tmp_path / "later.txt").write_bytes("a\ufeffb\n".encode())
-    texts = [d.text for d in Corpus(section([tmp_path], hold_out="documents")).documents()]
-    assert texts == ["one\r\ntwo\r\n\rthree\n", "a\ufeffb\n"]
+def test_sources_come_in_their_order_and_by_their_names(tmp_path):
+    write_texts(tmp_path / "b", ["b0", "b1"])
+    rows = write_rows(tmp_path / "a.jsonl", [{"body": "a0"}, {"body": "a1"}])
+    (tmp_path / "c.txt").write_text("c0;c1")
+    wanted = DataSection(
+        sources=[
+            {"files": str(tmp_path / "b"), "name": "second letter"},
+            {"files": str(rows), "text_column": "body"},
+            {"files": str(tmp_path / "c.txt"), "separator": ";", "name": "pieces"},
+        ],
+        hold_out="documents",
+    )
+    corpus = Corpus(wanted)
+    assert corpus.source_names() == ["second letter", str(rows), "pieces"]
+    found = {}
+    for shard in corpus.shards:
+        texts = [document.text for document in corpus.reader.documents(shard)]
+        found.setdefault(corpus.group_of(shard), []).extend(texts)
+    assert found == {0: ["b0", "b1"], 1: ["a0", "a1"], 2: ["c0", "c1"]} and list(found) == [0, 1, 2]
+    assert texts_of(corpus) == ["b0", "b1", "a0", "a1", "c0", "c1"]
 
 
-def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes("naïve ".encode() + b"caf\xe9 au lait")
-    message = refusal([path])
-    assert str(path) in message
-    assert "0xe9" in message and "offset 10 " in message
-    assert "--data.errors replace" in message
-    corpus = Corpus(section([path], errors="replace"))
-    assert "".join(d.text for d in corpus.documents()) == "naïve caf\ufffd au lait"
+@pytest.mark.parametrize("hold_out", ["documents", "tail"])
+def test_given_files_are_their_split_and_no_document_of_the_sources_is(tmp_path, hold_out):
+    texts = synthetic(300)
+    write_texts(tmp_path / "train", texts[:200])
+    rows = write_rows(tmp_path / "held.jsonl", [{"body": text} for text in texts[200:260]])
+    more = write_rows(tmp_path / "last.jsonl", [{"body": text} for text in texts[260:]])
+    first = {"files": str(tmp_path / "train"), "text_column": "body"}
+    corpus = Corpus(
+        DataSection(
+            sources=[first], validation_files=[str(rows)], test_files=[str(more)], hold_out=hold_out
+        )
+    )
+    assert {document.split for document in corpus.documents()} == {"train", "validation", "test"}
+    assert sorted(corpus.texts("train")) == sorted(texts[:200])  # nothing is taken from it
+    assert list(corpus.texts("validation")) == texts[200:260]
+    assert list(corpus.texts("test")) == texts[260:]
+    first, second, third = corpus.source_names()
+    assert first == str(tmp_path / "train") and "validation" in second and "test" in third
+    groups = [corpus.group_of(shard) for shard in corpus.shards]
+    assert sorted(set(groups)) == [0, 1, 2] and groups == sorted(groups)
+
+
+def test_a_split_without_files_is_still_taken_from_the_sources(tmp_path):
+    texts = synthetic(300)
+    write_texts(tmp_path / "train", texts[:250])
+    write_texts(tmp_path / "held", texts[250:])
+    wanted = section([tmp_path / "train"], test_fraction=0.2, hold_out="documents")
+    alone = {d.name: d.split for d in Corpus(wanted).documents()}
+    wanted = section(
+        [tmp_path / "train"],
+        test_fraction=0.2,
+        hold_out="documents",
+        validation_files=[str(tmp_path / "held")],
+    )
+    found = {d.name: d.split for d in Corpus(wanted).documents()}
+    assert [name for name, split in found.items() if split == "test" and "train" in name] == [
+        name for name, split in alone.items() if split == "test"
+    ]
+    assert {split for name, split in found.items() if "held" in name} == {"validation"}
+    assert {split for name, split in found.items() if "held" not in name} == {"train", "test"}
+
+
+def test_a_data_set_gives_its_own_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts, folder = synthetic(150), tmp_path / "data"
+    folder.mkdir()
+    for split, part in [("train", texts[:130]), ("validation", texts[130:])]:
+        write_rows(folder / f"{split}.jsonl", [{"text": text} for text in part])
+    wanted = DataSection(dataset=str(folder), validation_split="validation", test_fraction=0.2)
+    corpus = Corpus(wanted)
+    assert list(corpus.texts("validation")) == texts[130:]
+    assert set(corpus.texts("train")) | set(corpus.texts("test")) == set(texts[:130])
+    assert "validation" in corpus.source_names()[1] and corpus.size == 0
+    alone = Corpus(DataSection(dataset=str(folder), test_fraction=0.2))
+    assert list(alone.texts("test")) == list(corpus.texts("test")) != []
+
+
+# -- text -----------------------------------------------------------------------------------------
 
 
 def test_empty_documents_are_passed_over(tmp_path):
     write_texts(tmp_path / "t", ["one", "", "\ufeff", "two"])
-    rows = write_rows(tmp_path / "t.jsonl", [{"text": "three"}, {"text": ""}, {"text": "four"}])
-    corpus = Corpus(section([tmp_path / "t", rows], hold_out="documents"))
-    assert [d.text for d in corpus.documents()] == ["one", "two", "three", "four"]
-
-
-def test_a_folder_gives_its_txt_files_at_any_depth_and_a_pattern_gives_others(tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "folder.txt").mkdir()
-    for name in ["b.txt", "a.txt", "deep/c.txt", "deep/er/d.txt", "deep/e.md"]:
-        (tmp_path / name).write_text(name)
-    by_folder = Corpus(section([tmp_path], hold_out="documents"))
-    assert sorted(d.text for d in by_folder.documents()) == [
-        "a.txt", "b.txt", "deep/c.txt", "deep/er/d.txt"
-    ]  # fmt: skip
-    by_pattern = Corpus(section([tmp_path / "**" / "*.md"], hold_out="documents"))
-    assert [d.text for d in by_pattern.documents()] == ["deep/e.md"]
-    assert by_pattern.size == len("deep/e.md")
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_tables_give_the_text_column_row_by_row(tmp_path, suffix):
-    path = tmp_path / f"t.{suffix}"
-    table = datasets.Dataset.from_dict({"id": [1, 2, 3], "body": ["one", "zwei\nDrei", "四 😀"]})
-    write = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[suffix]
-    write(str(path))
-    corpus = Corpus(section([path], text_column="body", hold_out="documents"))
-    assert [(d.name, d.text) for d in corpus.documents()] == [
-        (f"{path}:0", "one"), (f"{path}:1", "zwei\nDrei"), (f"{path}:2", "四 😀")
-    ]  # fmt: skip
-    assert corpus.size is None
+    rows = [{"text": "three"}, {"text": ""}, {"text": None}, {"text": "four"}]
+    table = write_rows(tmp_path / "t.jsonl", rows)
+    corpus = Corpus(section([tmp_path / "t", table], hold_out="documents"))
+    assert texts_of(corpus) == ["one", "two", "three", "four"]
 
 
 def test_the_standard_library_is_found_without_its_tests():
     corpus = Corpus(section(["python:stdlib"]))
-    documents = {d.name: d for d in corpus.documents()}
+    documents = {d.name: d for shard in corpus.shards for d in corpus.reader.documents(shard)}
     assert "json/decoder.py" in documents and "tempfile.py" in documents
     assert "class JSONDecoder" in documents["json/decoder.py"].text
     assert corpus.hold_out == "documents"
     folders = {part for name in documents for part in name.split("/")[:-1]}
     assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
+
+def test_normalisation_brings_both_spellings_to_one_text_and_one_side(tmp_path):
+    texts = [f"na\u00efve caf\u00e9 {text}" for text in synthetic(120)]
+    for form in ("NFC", "NFD"):
+        write_texts(tmp_path / form, [unicodedata.normalize(form, text) for text in texts])
+    wanted = section(
+        [tmp_path / "NFC", tmp_path / "NFD"], validation_fraction=0.3, test_fraction=0.2
+    )
+
+    def sides(cleaning):
+        corpus, found = Corpus(wanted, cleaning), {}
+        for document in corpus.documents():
+            key = unicodedata.normalize("NFC", document.text)
+            found.setdefault(key, []).append((document.text, document.split))
+        return list(found.values())
+
+    assert any(a[1] != b[1] for a, b in sides(None))
+    for form in ("NFC", "NFD"):
+        both = sides(CleaningSection(normalization=form))
+        assert len(both) == 120 and all(a == b for a, b in both)
+        assert all(unicodedata.is_normalized(form, text) for (text, _), _ in both)
+
+
+def test_a_long_text_has_the_same_split_and_the_same_tail_in_windows(tmp_path, monkeypatch):
+    texts = [text * 20 for text in synthetic(100)]
+    write_texts(tmp_path / "t", texts)
+    shares = {"validation_fraction": 0.3, "test_fraction": 0.2}
+    wanted = [section([tmp_path / "t"], hold_out=h, **shares) for h in ("documents", "tail")]
+    whole = [[(d.split, d.text) for d in Corpus(one).documents()] for one in wanted]
+    monkeypatch.setattr(sources, "WINDOW", 300)
+    pieces = [[(d.split, d.text) for d in Corpus(one).documents()] for one in wanted]
+    assert pieces == whole
+    assert max(len(list(d.read())) for d in Corpus(wanted[0]).documents()) > 3
 
 
 # -- order and fingerprint ------------------------------------------------------------------------
@@ -229,9 +296,9 @@ def test_order_is_the_same_each_time_and_not_that_of_the_disk(tmp_path):
         (tmp_path / "t" / name).write_text(name)
     for source in [tmp_path / "t", tmp_path / "t" / "*.txt"]:
         wanted = section([source], hold_out="documents")
-        first, second = (list(Corpus(wanted).documents()) for _ in range(2))
-        assert first == second
-        assert [d.text for d in first] == names
+        first, second = (Corpus(wanted) for _ in range(2))
+        assert [d.name for d in first.documents()] == [d.name for d in second.documents()]
+        assert texts_of(first) == texts_of(second) == names
 
 
 def test_fingerprint_is_the_contents_in_order(tmp_path):
@@ -261,113 +328,122 @@ def test_fingerprint_and_text_follow_content_of_the_same_size_and_time(tmp_path,
     assert found[0][0] != found[1][0]
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_or_the_order_of_files_changes_fingerprint_identity_and_shard(tmp_path, kind):
+    a, b = tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"
+    for path, word in [(a, "one"), (b, "two")]:
+        path.write_text(word if kind == "txt" else json.dumps({"text": word}))
+
+    def marks(*files):
+        corpus = Corpus(section(files, hold_out="documents"))
+        shard = json.dumps(corpus.shard_identity(corpus.shards[0]))
+        return corpus.fingerprint, json.dumps(corpus.identity), shard
+
+    found = [marks(a, b), marks(b, a), marks(a)]
+    a.write_bytes(a.read_bytes().replace(b"n", b"m"))
+    found.append(marks(a, b))
+    fingerprints, identities, shards = zip(*found, strict=True)
+    assert len(set(fingerprints)) == len(set(identities)) == len(found)
+    assert len({shards[0], shards[1], shards[3]}) == 3  # shards[2] is that of the same file a
+
+
 def test_identity_changes_with_whatever_moves_a_text(tmp_path):
     write_texts(tmp_path / "t", synthetic(3))
     base = Corpus(section([tmp_path / "t"])).identity
     assert json.loads(json.dumps(base)) == base  # it is kept in a manifest
+    held_out = str(tmp_path / "t" / "0000.txt")
     changes = [
         {"errors": "replace"},
+        {"separator": "b"},
+        {"join_rows": True},
         {"hold_out": "documents"},
         {"validation_fraction": 0.06},
         {"test_fraction": 0.06},
+        {"validation_files": held_out},
+        {"test_files": held_out},
     ]
-    for change in changes:
-        assert Corpus(section([tmp_path / "t"], **change)).identity != base
+    found = [Corpus(section([tmp_path / "t"], **change)).identity for change in changes]
+    found.append(Corpus(section([tmp_path / "t"]), CleaningSection(normalization="NFC")).identity)
+    assert len({json.dumps(identity) for identity in [base, *found]}) == len(found) + 1
     assert Corpus(section([tmp_path / "t"], block_size=99)).identity == base
 
 
-# -- sentences ------------------------------------------------------------------------------------
+def test_identity_tells_a_source_from_files_given_for_a_split(tmp_path):
+    write_texts(tmp_path / "t", ["one", "two", "three"])
+    a, b, c = (str(tmp_path / "t" / f"000{number}.txt") for number in range(3))
+    rest = {"hold_out": "documents", "test_fraction": 0}
+    first = Corpus(
+        DataSection(sources=[{"files": [a]}, {"files": [b]}], validation_files=c, **rest)
+    )
+    second = Corpus(DataSection(sources=[{"files": [a]}], validation_files=b, test_files=c, **rest))
+    assert list(first.texts("train")) != list(second.texts("train"))
+    assert first.identity != second.identity
 
 
-def test_a_missing_file_is_named(tmp_path):
-    message = refusal([tmp_path / "nowhere.txt"])
-    assert str(tmp_path / "nowhere.txt") in message and "no such file" in message
-    assert "data.files" in message and os.getcwd() in message
+# -- the file of fingerprints ---------------------------------------------------------------------
 
 
-def test_an_empty_file_is_named(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    message = refusal([tmp_path / "empty.txt"])
-    assert str(tmp_path / "empty.txt") in message and "empty" in message
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the files that are read for their fingerprint, from now on."""
+    seen, real = [], corpus_module._sha256
+
+    def counted(paths):
+        seen.extend(os.path.basename(path) for path in paths)
+        return real(paths)
+
+    monkeypatch.setattr(corpus_module, "_sha256", counted)
+    return seen
 
 
-def test_a_folder_without_text_says_how_to_name_other_files(tmp_path):
-    (tmp_path / "notes.md").write_text("x")
-    message = refusal([tmp_path])
-    assert str(tmp_path) in message and "no .txt file" in message and "**/*.md" in message
+def test_untouched_files_are_not_read_again(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 0)
+    folder, kept = write_texts(tmp_path / "t", ["one", "two"]), tmp_path / "new" / "digests.json"
+    time.sleep(0.02)  # time stamps of files are a few milliseconds coarse
+    first = Corpus(section([folder]), digests=kept)
+    assert sorted(hashed) == ["0000.txt", "0001.txt"]
+    (folder / "0002.txt").write_text("three")
+    time.sleep(0.02)
+    hashed.clear()
+    second = Corpus(section([folder]), digests=kept)
+    assert hashed == ["0002.txt"]
+    hashed.clear()
+    third = Corpus(section([folder]), digests=kept)
+    assert hashed == []
+    assert first.fingerprint != second.fingerprint == third.fingerprint
+    assert third.fingerprint == Corpus(section([folder])).fingerprint
+    assert os.listdir(kept.parent) == [kept.name]  # no staging file stays
 
 
-def test_a_pattern_without_a_match_is_named(tmp_path):
-    message = refusal([tmp_path / "*.text"])
-    assert str(tmp_path / "*.text") in message and "no such file" in message
+def test_a_change_is_seen_though_size_and_time_are_put_back(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 0)
+    folder, kept = write_texts(tmp_path / "t", ["one", "two"]), tmp_path / "digests.json"
+    time.sleep(0.02)
+    before = Corpus(section([folder]), digests=kept).fingerprint
+    path = folder / "0001.txt"
+    stat = path.stat()
+    path.write_text("owt")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    hashed.clear()
+    assert Corpus(section([folder]), digests=kept).fingerprint != before
+    assert hashed == ["0001.txt"]
 
 
-def test_a_missing_column_names_those_there_are(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"body": "a", "title": "b"}])
-    message = refusal([path])
-    assert str(path) in message and "no column 'text'" in message
-    assert "body" in message and "title" in message and "data.text_column" in message
+def test_files_changed_a_moment_ago_are_not_kept(tmp_path, hashed, monkeypatch):
+    assert corpus_module.RACY_SECONDS >= 2  # FAT's time stamps
+    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 60)
+    folder, kept = write_texts(tmp_path / "t", ["one"]), tmp_path / "digests.json"
+    Corpus(section([folder]), digests=kept)
+    assert json.loads(kept.read_text()) == {}
+    Corpus(section([folder]), digests=kept)
+    assert hashed == ["0000.txt", "0000.txt"]
 
 
-@pytest.mark.parametrize(
-    "rows, row, value",
-    [
-        ([{"text": 7}, {"text": 8}], 0, "7"),
-        ([{"text": "a"}, {"text": "b"}, {"text": None}], 2, "None"),
-        ([{"text": ["a", "b"]}], 0, "['a', 'b']"),
-    ],
-    ids=["number", "null", "list"],
-)
-def test_a_value_that_is_not_text_is_named_with_its_row(tmp_path, rows, row, value):
-    path = write_rows(tmp_path / "t.jsonl", rows)
-    message = refusal([path])
-    assert str(path) in message and f"row {row} " in message and value in message
-    assert "'text'" in message and "data.text_column" in message
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n'),
-        ("none.parquet", b"this is no parquet file at all"),
-        ("binary.csv", b"text\n\xff\xfe\x00\n"),
-    ],
-)
-def test_a_broken_table_is_one_sentence(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    message = refusal([tmp_path / name])
-    suffix = name[name.index(".") :]
-    assert message.startswith(f"{tmp_path / name}: not a {suffix} table: ")
-    assert "\n" not in message and "Traceback" not in message
-
-
-def test_an_unreachable_data_set_is_one_sentence():
-    with pytest.raises(InputError) as caught:
-        Corpus(DataSection(dataset="nobody/no-such-data-set"))
-    message = str(caught.value)
-    assert "data.dataset nobody/no-such-data-set" in message and "HF_HUB_OFFLINE" in message
-    assert "\n" not in message
-
-
-def test_read_files_keeps_the_order_and_names_what_is_wrong(tmp_path):
-    (tmp_path / "a").write_text("one")
-    (tmp_path / "b").write_text("two")
-    (tmp_path / "c").touch()
-    (tmp_path / "d").write_bytes(b"ok \xc3")
-    a, b, c, d, e = (str(tmp_path / name) for name in "abcde")
-    assert read_files([b, a, b]) == ["two", "one", "two"]
-    for name, word in [(c, "empty"), (d, "offset 3 "), (e, "no such file")]:
-        with pytest.raises(InputError, match=f"{re.escape(name)}: .*{word}"):
-            read_files([a, name])
-    assert read_files([d], errors="replace") == ["ok \ufffd"]
-
-
-def test_a_folder_cannot_be_read_as_text(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        read_text(tmp_path)
-
-
-def test_what_looks_like_a_missing_value_in_a_csv_is_text(tmp_path):
-    (tmp_path / "rows.csv").write_text('text\nNA\n7\n"two\nlines"\n')
-    section = DataSection(files=[str(tmp_path / "rows.csv")], hold_out="documents")
-    assert [d.text for d in Corpus(section).documents()] == ["NA", "7", "two\nlines"]
+@pytest.mark.parametrize("content", ["", "{", "\x00"])
+def test_a_broken_file_of_fingerprints_is_made_anew(tmp_path, content):
+    folder, kept = write_texts(tmp_path / "t", ["one"]), tmp_path / "digests.json"
+    kept.write_text(content)
+    found = Corpus(section([folder]), digests=kept)
+    assert found.fingerprint == Corpus(section([folder])).fingerprint
+    assert isinstance(json.loads(kept.read_text()), dict)

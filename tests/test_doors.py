@@ -119,7 +119,8 @@ def test_a_tokenizer_that_is_not_the_model_s_is_refused(
 
 def test_a_dead_worker_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
     """Out of memory kills a worker without a word; a plain pool would wait for it for ever."""
-    monkeypatch.setattr("pipeline.blocks._encode", _die)
+    monkeypatch.setattr("pipeline.sources.SHARD_BYTES", (2000, 2000))
+    monkeypatch.setattr("pipeline.token_shards._work_on", _die)
     with pytest.raises(InputError, match="a process that tokenises died"):
         prepare_data.main(
             ["--config", str(smoke_recipe), "--training.output_dir", str(tmp_path),
@@ -127,7 +128,7 @@ def test_a_dead_worker_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
         )  # fmt: skip
 
 
-def _die(texts, encoder=None):
+def _die(*spec):
     os._exit(9)
 
 
@@ -167,7 +168,7 @@ def write_bad_texts(folder: Path) -> None:
         ("--data.files nowhere.txt", "nowhere.txt: no such file; looked in"),
         ("--data.files empty.txt", "empty.txt: the file is empty"),
         ("--data.files bytes.txt", "bytes.txt: byte 0xff at offset 4 is not UTF-8"),
-        ("--data.files rows.jsonl", "no column 'text'; it has body"),
+        ("--data.files rows.jsonl", "no column 'text' in the line at byte 0; it has body"),
         ("--tokenizer.vocab_size 9999", "gives only"),
         ("--data.files short.txt --tokenizer.vocab_size 257", "a row needs 32"),
         ("--data.validation_fraction 0", "greater than 0"),

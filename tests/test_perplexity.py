@@ -58,6 +58,29 @@ def oracle_nats(model, stream, block_size):
     return nats
 
 
+def oracle_nats_apart(model, texts, tokenizer, block_size):
+    """Return the nats of each text's tokens after its first, of which no other text is a context.
+
+    Windows lie as over the stream of all texts; what a window holds of a text is run by itself.
+    """
+    model = copy.deepcopy(model).double().eval()
+    nats, begin = [], 0
+    step = block_size - 1
+    for text in texts:
+        ids = stream_of([text], tokenizer)
+        places = range(begin, begin + len(ids))
+        for window in range(begin // step, places[-1] // step + 1):
+            inside = [p for p in places if window * step <= p <= (window + 1) * step]
+            piece = [ids[p - begin] for p in inside]
+            if len(piece) > 1:
+                with torch.no_grad():
+                    logs = model(torch.tensor([piece])).logits[0].log_softmax(-1)
+                nats += [-logs[place, token].item() for place, token in enumerate(piece[1:])]
+        begin += len(ids)
+    assert len(nats) == len(stream_of(texts, tokenizer)) - len(texts)
+    return nats
+
+
 # -- arithmetic -----------------------------------------------------------------------------------
 
 
@@ -101,7 +124,7 @@ def test_sum_nats_equals_an_independent_sum(model, tokenizer, beginnings, batch_
     expected = math.fsum(oracle_nats(model, stream_of(texts, tokenizer), block_size))
     assert nats == pytest.approx(expected, rel=1e-6)
     # Otherwise any window would give about the same and the test would show little.
-    assert nats / (rows.tokens - 1) > 1.05 * math.log(len(tokenizer))
+    assert nats / rows.scored_tokens > 1.05 * math.log(len(tokenizer))
 
 
 def test_processes_together_sum_to_the_same(model, tokenizer, beginnings):
@@ -183,6 +206,48 @@ def test_score_of_texts_is_over_every_token_after_the_first(
     assert score.loss == pytest.approx(expected / (len(stream) - 1), rel=1e-6)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("block_size", [5, 16])
+def test_a_model_that_kept_documents_apart_is_scored_so(
+    model, tokenizer, beginnings, block_size, attention
+):
+    texts = [text[: 1 + 7 * number] for number, text in enumerate(beginnings[:12])]
+    model.set_attn_implementation(attention)
+    across = score_texts(texts, model, tokenizer, block_size=block_size)
+    model.config.attend_across = False
+    score = score_texts(texts, model, tokenizer, block_size=block_size)
+    expected = oracle_nats_apart(model, texts, tokenizer, block_size)
+    assert score.nats == pytest.approx(math.fsum(expected), rel=1e-6)
+    assert score.tokens == len(expected) == across.tokens - (len(texts) - 1)
+    firsts = [stream_of([text], tokenizer)[0] for text in texts]
+    names = [tokenizer.backend_tokenizer.id_to_token(i) for i in firsts]
+    assert score.bytes == sum(len(text.encode()) for text in texts) - sum(map(len, names))
+    assert abs(score.loss - across.loss) > 1e-3
+    alone = [
+        score_texts([text], model, tokenizer).nats
+        for text in texts
+        if len(stream_of([text], tokenizer)) <= 16
+    ]
+    mixed = [oracle_nats(model, stream_of([t], tokenizer), 16) for t in texts[: len(alone)]]
+    assert alone == pytest.approx([math.fsum(nats) for nats in mixed], rel=1e-6)
+
+
+def test_apart_texts_that_fill_their_windows_cost_what_each_costs_alone(
+    model, tokenizer, beginnings
+):
+    parts = [text[start : start + 20] for text in beginnings for start in (0, 50, 100)]
+    same = [text for text in parts if len(stream_of([text], tokenizer)) == 12]
+    assert len(same) > 5
+    alone = math.fsum(score_texts([text], model, tokenizer).nats for text in same)
+    across = score_texts(same, model, tokenizer, block_size=13).nats
+    model.config.attend_across = False
+    for order in (same, same[::-1]):
+        score = score_texts(order, model, tokenizer, block_size=13, batch_size=3)
+        assert score.tokens == 11 * len(same)
+        assert score.nats == pytest.approx(alone, rel=1e-6)
+    assert abs(across - alone) > 1
+
+
 def test_score_does_not_depend_on_the_batch_size(model, tokenizer, beginnings):
     scores = [
         score_texts(beginnings[:6], model, tokenizer, batch_size=size) for size in (1, 3, 8, 1000)
@@ -232,9 +297,7 @@ def test_nothing_to_predict_is_refused(tiny_model, tokenizer, nothing):
 def test_one_token_is_enough(tiny_model, tokenizer):
     score = score_texts(["a"], tiny_model, tokenizer)
     assert score.tokens == 1  # the end of the text; "a" itself has no context
-    # ... and an empty first text gives it one.
-    score = score_texts(["", "a"], tiny_model, tokenizer)
-    assert (score.tokens, score.bytes) == (2, 1)
+    assert score_texts(["", "a", ""], tiny_model, tokenizer) == score  # an empty text is none
 
 
 def test_a_window_beyond_the_positions_is_refused(tiny_model, tokenizer):

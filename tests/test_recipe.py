@@ -76,7 +76,7 @@ def test_values_get_the_library_s_types(key, text, value):
         ({"schedule.floor": "1.5"}, ["--schedule.floor", "less than or equal to 1"]),
         ({"schedule.name": "cosin"}, ["'cosine'", "'linear'", "'wsd'", "'cosin'"]),
         ({"precision": "bf17"}, ["--precision", "'bf16'", "'bf17'"]),
-        ({"data.dataset": "x/y"}, ["exactly one of data.files and data.dataset"]),
+        ({"data.dataset": "x/y"}, ["exactly one of data.files, data.dataset and data.sources"]),
         (
             {"model.pretrained": "x", "model.config": None},
             ["a tokenizer trained anew does not fit a pretrained model"],

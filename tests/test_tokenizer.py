@@ -12,15 +12,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline import sources
+from pipeline import tokenizer as tokenizer_module
 from pipeline.corpus import Corpus
 from pipeline.recipe import DataSection, InputError, TokenizerSection
 from pipeline.tokenizer import (
+    await_tokenizer,
+    compare,
     load_tokenizer,
     obtain_tokenizer,
     text_encoder,
     token_bytes,
     tokenizer_fingerprint,
     train_tokenizer,
+    training_sample,
 )
 
 END = "<|endoftext|>"
@@ -201,6 +206,15 @@ def test_missing_bos_and_pad_become_end_of_text(tokenizer, tmp_path):
     assert len(loaded) == len(tokenizer)
 
 
+def test_two_files_as_gpt2_was_published_are_a_tokenizer(tokenizer, tmp_path):
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["merges.txt", "vocab.json"]
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.eos_token_id == loaded.pad_token_id == tokenizer.eos_token_id
+    for text in EVERY_TEXT:
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="no tokenizer in this folder.*tokenizer_config.json"):
         load_tokenizer(str(tmp_path))
@@ -280,3 +294,90 @@ def test_obtain_loads_what_is_named_and_writes_nothing(corpus, tokenizer, tmp_pa
         found = obtain_tokenizer(section, corpus, tmp_path / "unused", model=model)
         assert tokenizer_fingerprint(found) == tokenizer_fingerprint(tokenizer)
     assert not (tmp_path / "unused").exists()
+
+
+def test_obtain_refuses_other_entries_than_the_model_was_trained_with(
+    corpus, texts, tokenizer, tmp_path
+):
+    tokenizer.save_pretrained(tmp_path / "model")
+    train_tokenizer(texts, vocab_size=300).save_pretrained(tmp_path / "other")
+    given, model = str(tmp_path / "other"), str(tmp_path / "model")
+    with pytest.raises(InputError, match=f"^tokenizer.pretrained {given}: .*{model} was trained"):
+        obtain_tokenizer(TokenizerSection(pretrained=given), corpus, tmp_path / "t", model=model)
+    tokenizer.save_pretrained(given)
+    obtain_tokenizer(TokenizerSection(pretrained=given), corpus, tmp_path / "t", model=model)
+
+
+# -- the sample it is trained on ------------------------------------------------------------------
+
+
+def test_a_sample_as_large_as_the_text_is_the_training_text(corpus):
+    found = "".join(training_sample(corpus, TokenizerSection(vocab_size=300)))
+    assert found == "".join(corpus.texts("train"))
+
+
+def test_a_sample_is_taken_evenly_from_all_over_the_training_text(corpus, texts, monkeypatch):
+    monkeypatch.setattr(sources, "SHARD_BYTES", (1, 1))  # a shard for each file
+    corpus = Corpus(corpus.reader.section)
+    wanted = sum(len(text.encode()) for text in texts) // 10
+    section = TokenizerSection(vocab_size=300, sample_bytes=wanted)
+    found = list(training_sample(corpus, section))
+    assert len(found) == len(texts)
+    for part, text in zip(found, texts, strict=True):
+        assert text.startswith(part) and part
+        assert abs(len(part.encode()) - len(text.encode()) / 10) < 5
+    assert sum(len(part.encode()) for part in found) <= wanted + len(corpus.shards)  # rounded up
+
+
+def test_a_sample_has_only_the_beginning_of_a_long_document(corpus, texts, monkeypatch):
+    monkeypatch.setattr(sources, "WINDOW", 64)
+    section = TokenizerSection(vocab_size=300, sample_document_characters=100)
+    found = "".join(training_sample(corpus, section))
+    assert found == "".join(text[: len(text) // 2][:100] for text in texts)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sample_has_no_text_that_is_held_out(texts, tmp_path, given):
+    for folder, part in [("t", texts[:30]), ("v", texts[30:])]:
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(part):
+            (tmp_path / folder / f"{number:03}.txt").write_text(text)
+    values = {"validation_files": [str(tmp_path / "v")]} if given else {"validation_fraction": 0.4}
+    data = DataSection(files=[str(tmp_path / "t")], hold_out="documents", test_fraction=0, **values)
+    corpus = Corpus(data)
+    found = list(training_sample(corpus, TokenizerSection(vocab_size=300)))
+    assert found == list(corpus.texts("train"))
+    assert (found == texts[:30]) is given and set(corpus.texts("validation")).isdisjoint(found)
+
+
+def test_compare_says_how_many_bytes_a_token_stands_for(texts, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(texts[:10]))
+    (tmp_path / "b.txt").write_text("東京都に行きました。" * 100)
+    files = [{"files": str(tmp_path / f"{name}.txt"), "name": name} for name in "ab"]
+    corpus = Corpus(DataSection(sources=files))
+    smallest = train_tokenizer(texts, vocab_size=257)
+    head, a, b = compare(corpus, {"ours": tokenizer, "bytes": smallest}).splitlines()
+    assert head.split() == ["bytes", "per", "token", "ours", "bytes"]
+    assert a.split()[0] == "a" and b.split()[0] == "b"
+    assert a.split()[2] == b.split()[2] == "1.000"
+    # A tail is cut where it is: at most a token is another one.
+    text = "".join(texts[:10])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert abs(float(a.split()[1]) - len(text.encode()) / len(ids)) < 0.02
+    assert len({len(line) for line in (head, a, b)}) == 1
+
+
+def test_other_machines_wait_for_the_tokenizer(corpus, tmp_path, monkeypatch):
+    section, folder, waited = TokenizerSection(vocab_size=300), tmp_path / "tokenizer", []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            obtain_tokenizer(section, corpus, folder)
+
+    monkeypatch.setattr(tokenizer_module.time, "sleep", sleep)
+    await_tokenizer(section, folder, rank=0)
+    await_tokenizer(TokenizerSection(pretrained="any"), folder, rank=1)
+    assert waited == []
+    await_tokenizer(section, folder, rank=1)
+    assert len(waited) == 2 and load_tokenizer(str(folder)) is not None

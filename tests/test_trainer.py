@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from pipeline import checkpoint, run_folder
 from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
-from pipeline.blocks import Rows, obtain_blocks
+from pipeline.blocks import Rows, open_blocks
 from pipeline.command_line import PretrainOptions
 from pipeline.corpus import Corpus
 from pipeline.model import build_model
+from pipeline.preparation import prepare_blocks
 from pipeline.recipe import InputError, read_recipe
 from pipeline.tokenizer import obtain_tokenizer
 from pipeline.trainer import PretrainingTrainer
@@ -32,7 +33,8 @@ def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTra
     recipe, arguments = training_arguments(recipe)
     corpus = Corpus(recipe.data)
     tokenizer = obtain_tokenizer(recipe.tokenizer, corpus, recipe.tokenizer_dir)
-    blocks = obtain_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
+    prepare_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
+    blocks = open_blocks(recipe.blocks_dir, recipe.data)
     model = build_model(
         recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
     )
@@ -73,7 +75,8 @@ def test_the_training_loss_is_the_mean_over_predicted_tokens(smoke_recipe, tmp_p
     trainer.train()
     expected_model.load_state_dict(before)
     assert logged(trainer)[0] == pytest.approx(
-        true_loss(expected_model, torch.cat(seen[:accumulation])), rel=1e-6
+        true_loss(expected_model, torch.cat([s["input_ids"] for s in seen[:accumulation]])),
+        rel=1e-6,
     )
 
 
@@ -82,7 +85,8 @@ def test_the_held_out_loss_is_that_of_a_plain_computation(smoke_recipe, tmp_path
     trainer.train()
     metrics = trainer.evaluate()
     rows = trainer.eval_dataset
-    stream = torch.cat([rows[0][:1], *(rows[i][1:] for i in range(len(rows)))])[: rows.tokens]
+    ids = [row["input_ids"] for row in map(rows.__getitem__, range(len(rows)))]
+    stream = torch.cat([ids[0][:1], *(row[1:] for row in ids)])[: rows.tokens]
     nats, tokens = 0.0, 0
     for start in range(0, len(stream) - 1, 31):  # 32 positions, one token shared
         ids = stream[start : start + 32][None]

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.blocks import obtain_blocks
 from pipeline.corpus import Corpus
+from pipeline.preparation import prepare_blocks
 from pipeline.recipe import read_recipe
 from pipeline.tokenizer import obtain_tokenizer
 
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
         corpus = Corpus(recipe.data)
         tokenizer = obtain_tokenizer(recipe.tokenizer, corpus, Path(temporary) / "tokenizer")
         trained = time.perf_counter()
-        obtain_blocks(recipe.data, corpus, tokenizer, Path(temporary) / "blocks")
+        prepare_blocks(recipe.data, corpus, tokenizer, Path(temporary) / "blocks")
         packed = time.perf_counter()
     held_out = "".join(corpus.texts("validation")).encode()
     if (

@@ -1,0 +1,54 @@
+"""What a run learns from: tokenizer, rows, and for a stream the process that makes them."""
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from pipeline.blocks import Rows, open_blocks
+from pipeline.corpus import Corpus
+from pipeline.preparation import prepare_blocks, stream_of
+from pipeline.recipe import Recipe
+from pipeline.streaming import producing
+from pipeline.tokenizer import obtain_tokenizer
+
+
+class RunData(NamedTuple):
+    """The data of a run, ready to be trained on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    blocks: dict[str, Rows]
+    """Rows of each split that is not empty."""
+    flowing: Callable[[], contextlib.AbstractContextManager[None]]
+    """Training happens inside of it: it keeps a streamed corpus coming."""
+
+
+def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
+    """Return the data of a run; what is not prepared yet the main process prepares first.
+
+    Raises:
+        InputError: see `Corpus`, `obtain_tokenizer` and `prepare_blocks`.
+    """
+    section, folder = recipe.data, recipe.blocks_dir
+    with arguments.main_process_first(local=False):
+        corpus = Corpus(section, recipe.cleaning, digests=recipe.digests_path)
+        tokenizer = obtain_tokenizer(
+            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
+        )
+        prepare_blocks(section, corpus, tokenizer, folder, cleaning=recipe.cleaning)
+    rows_per_update = recipe.tokens_per_update // section.block_size
+    stream = stream_of(
+        section,
+        corpus,
+        tokenizer,
+        cleaning=recipe.cleaning,
+        rows_per_update=rows_per_update,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+    )
+    length = max(0, arguments.max_steps) * rows_per_update
+    blocks = open_blocks(folder, section, stream=stream, ring=recipe.ring_dir, length=length)
+    is_main = arguments.process_index == 0
+    return RunData(
+        tokenizer, blocks, lambda: producing(stream, recipe.ring_dir, is_main_process=is_main)
+    )

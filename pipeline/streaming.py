@@ -1,0 +1,346 @@
+"""Rows made on the way to the device: a process that encodes ahead, and a bounded ring on disk.
+
+The text is one endless stream: each source is read again and again, its shards in an order that
+follows from seed and pass. The stream is cut into segments of rows. A producer writes segments
+ahead of the training process and removes those that were used; with every segment it keeps a
+bookmark (pass, shard, document, tokens already used), so that any segment can be made again, to
+the token, from its bookmark. Rows are shuffled within a segment, by seed and segment: which row
+is the n-th follows from the recipe and the text alone, whoever reads it, resumed or not.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import packing
+from pipeline.corpus import Document
+from pipeline.recipe import InputError
+from pipeline.row_file import RowFile, RowWriter
+from pipeline.row_order import permuted
+from pipeline.sources import Shard
+from pipeline.token_shards import Work, end_with
+
+TOKENS_PER_SEGMENT = 1 << 22  # shuffled together: 4,096 rows of 1,024, 8 MB
+SEGMENTS_AHEAD = 2
+CHARACTERS_AT_ONCE = 1 << 18
+SECONDS_BETWEEN_LOOKS = 0.02
+BOOKMARKS, FAILED, WANTED = "bookmarks.jsonl", "failed.txt", "wanted"
+
+
+class Stream(NamedTuple):
+    """Everything that decides the rows; it can be sent to another process."""
+
+    work: Work
+    shards: list[list[Shard]]
+    """Of each source."""
+    weights: list[float]
+    block_size: int
+    rows_per_segment: int
+    seed: int
+    identity: str
+
+    def rows_of(self, source: int) -> int:
+        """Return how many rows of a segment a source gives: the largest remainders round up."""
+        exact = np.array(self.weights) / sum(self.weights) * self.rows_per_segment
+        rows = np.floor(exact).astype(int)
+        missing = self.rows_per_segment - int(rows.sum())
+        rows[np.argsort(rows - exact, kind="stable")[:missing]] += 1
+        return int(rows[source])
+
+
+class Ring:
+    """The rows of a stream by their place in training, waiting for those not made yet."""
+
+    def __init__(self, stream: Stream, folder: Path, *, length: int) -> None:
+        """Take `length` rows of the stream that a producer writes into `folder`."""
+        self.block_size, self._length = stream.block_size, length
+        self._rows_per_segment, self._seed = stream.rows_per_segment, stream.seed
+        self._folder = folder
+        self._open: dict[int, tuple[RowFile, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return ids [block_size], columns in which documents begin, and how many ids are text.
+
+        Raises:
+            InputError: the producer found text that it cannot read.
+            RuntimeError: the producer is gone.
+        """
+        segment, place = divmod(index, self._rows_per_segment)
+        rows, order = self._segment(segment)
+        return rows.row(int(order[place]))
+
+    def _segment(self, number: int) -> tuple[RowFile, np.ndarray]:
+        if number not in self._open:
+            self._ask_for(number)
+            path = self._folder / _name(number)
+            while not path.exists():
+                _check_producer(self._folder)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            while len(self._open) >= 2:
+                del self._open[min(self._open)]
+            size = self._rows_per_segment
+            order = permuted(np.arange(size), size, self._seed, number)
+            self._open[number] = (RowFile.open(path), order)
+        return self._open[number]
+
+    def _ask_for(self, number: int) -> None:
+        staging = self._folder / f"_{WANTED}-{os.getpid()}"
+        staging.write_text(str(number))
+        os.replace(staging, self._folder / WANTED)
+
+
+@contextlib.contextmanager
+def producing(stream: Stream | None, folder: Path, *, is_main_process: bool) -> Iterator[None]:
+    """Keep a producer at work on the stream's ring in `folder` until the block ends.
+
+    Nothing happens without a stream, or in other processes than the main one.
+    """
+    if stream is None or not is_main_process:
+        yield
+        return
+    bookmarks = folder / BOOKMARKS
+    if bookmarks.exists() and _read_bookmarks(folder, stream.identity) is None:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != BOOKMARKS:
+            path.unlink()
+    # Spawned, not forked: the parent has threads. The producer imports no torch.
+    process = multiprocessing.get_context("spawn").Process(
+        target=_produce, args=(stream, folder, os.getpid()), daemon=True
+    )
+    process.start()
+    (folder / "producer").write_text(str(process.pid))
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+        for path in folder.iterdir():
+            if path.name != BOOKMARKS:
+                path.unlink()
+
+
+class _Source:
+    """The rows of one source from a bookmark on."""
+
+    def __init__(self, stream: Stream, number: int, bookmark: dict[str, int]) -> None:
+        self._stream, self._number = stream, number
+        self._encoder = stream.work.encoder.open()
+        self._pieces = self._encoded(bookmark["pass"], bookmark["shard"], bookmark["document"])
+        self._ids = np.empty(0, stream.work.dtype)
+        self._starts = np.empty(0, np.int64)
+        # (place in self._ids, bookmark) of the documents in it, the first one begun before it.
+        self._documents: deque[tuple[int, dict[str, int]]] = deque()
+        self._skip(bookmark["token"])
+
+    def take(self, rows: int) -> packing.Rows:
+        """Return the next rows."""
+        size = self._stream.block_size
+        need = rows * size
+        self._fill(need)
+        taken = packing.cut(self._ids, self._starts, size, size, rows)
+        self._drop(need)
+        return taken
+
+    def bookmark(self) -> dict[str, int]:
+        """Return where the next row begins."""
+        self._fill(1)
+        place, mark = self._documents[0]
+        return {**mark, "token": -place}
+
+    def _skip(self, tokens: int) -> None:
+        self._fill(tokens + 1)
+        self._drop(tokens)
+
+    def _drop(self, count: int) -> None:
+        self._ids = self._ids[count:]
+        self._starts = self._starts[self._starts >= count] - count
+        self._documents = deque((place - count, mark) for place, mark in self._documents)
+        while len(self._documents) > 1 and self._documents[1][0] <= 0:
+            self._documents.popleft()
+
+    def _fill(self, need: int) -> None:
+        parts, size = [self._ids], len(self._ids)
+        starts = [self._starts]
+        while size < need:
+            ids, begins = next(self._pieces)
+            starts.append(np.array([place + size for place, _ in begins], np.int64))
+            self._documents += [(place + size, mark) for place, mark in begins]
+            parts.append(ids)
+            size += len(ids)
+        if len(parts) > 1:
+            self._ids, self._starts = np.concatenate(parts), np.concatenate(starts)
+
+    def _encoded(
+        self, number: int, shard: int, document: int
+    ) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, int]]]]]:
+        """Yield stretches of ids with the places and bookmarks of the documents in them."""
+        end = np.array([self._stream.work.end_of_text], np.uint32)
+        texts: list[tuple[str, dict[str, int] | None, bool]] = []
+        size = 0
+        for text, mark, is_last in self._windows(number, shard, document):
+            texts.append((text, mark, is_last))
+            size += len(text)
+            if size < CHARACTERS_AT_ONCE:
+                continue
+            ids, begins, place = [], [], 0
+            encoded = self._encoder.encode([text for text, _, _ in texts])
+            for part, (_, begun, last) in zip(encoded, texts, strict=True):
+                if begun is not None:
+                    begins.append((place, begun))
+                ids += [part, end] if last else [part]
+                place += len(part) + last
+            yield np.concatenate(ids).astype(self._stream.work.dtype), begins
+            texts, size = [], 0
+
+    def _windows(
+        self, number: int, shard: int, document: int
+    ) -> Iterator[tuple[str, dict[str, int] | None, bool]]:
+        """Yield windows of training text, with a bookmark where a document begins, for ever."""
+        shards = self._stream.shards[self._number]
+        while True:
+            order = permuted(np.arange(len(shards)), len(shards), self._stream.seed, number)
+            found = False
+            for place in range(shard, len(shards)):
+                documents = self._stream.work.reader.documents(shards[order[place]])
+                for count, one in enumerate(documents):
+                    if count < document or not self._is_wanted(one):
+                        continue
+                    found = True
+                    mark = {"pass": number, "shard": place, "document": count}
+                    windows = one.read()
+                    text = next(windows)
+                    for following in windows:
+                        yield text, mark, False
+                        text, mark = following, None
+                    yield text, mark, True
+                document = 0
+            if not found and shard == 0:
+                raise InputError("the stream has no training text: check data.files and cleaning")
+            number, shard = number + 1, 0
+
+    def _is_wanted(self, document: Document) -> bool:
+        rules = self._stream.work.reader.cleaning
+        length = sum(len(window) for window in document.read())
+        if length < rules.shortest or rules.longest is not None and length > rules.longest:
+            return False
+        return document.split == "train"
+
+
+def _produce(stream: Stream, folder: Path, parent: int) -> None:
+    """Write the segments that are wanted; end with the parent, however it ends."""
+    end_with(parent)
+    try:
+        # Of an update that spans two segments the second may be asked for first.
+        first = max(0, _wanted(folder) - 1)
+        begin, bookmark = _nearest(folder, stream, first)
+        made = [_Source(stream, n, mark) for n, mark in enumerate(bookmark)]
+        for segment in itertools.count(begin):
+            _keep_bookmark(folder, stream, segment, [source.bookmark() for source in made])
+            rows = [source.take(stream.rows_of(n)) for n, source in enumerate(made)]
+            if segment < first:
+                continue
+            _write(folder, stream, segment, rows)
+            while segment - _wanted(folder) >= SEGMENTS_AHEAD:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            _remove_used(folder, _wanted(folder))
+    except InputError as error:
+        _report(folder, str(error))
+    except OSError as error:
+        _report(folder, f"{folder}: cannot be written ({os.strerror(error.errno or 0)})")
+
+
+def _report(folder: Path, sentence: str) -> None:
+    (folder / f"_{FAILED}").write_text(sentence)
+    os.replace(folder / f"_{FAILED}", folder / FAILED)
+
+
+def _wanted(folder: Path) -> int:
+    """Return the segment that was last asked for, waiting for the first request."""
+    while True:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return int((folder / WANTED).read_text())
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _write(folder: Path, stream: Stream, segment: int, parts: list[packing.Rows]) -> None:
+    staging = folder / f"_{_name(segment)}"
+    dtype = np.dtype(stream.work.dtype)
+    writer = RowWriter(staging, block_size=stream.block_size, dtype=dtype)
+    for rows in parts:
+        writer.write(rows)
+    writer.close()
+    os.replace(staging, folder / _name(segment))
+
+
+def _remove_used(folder: Path, wanted: int) -> None:
+    """Remove what no process can still be reading: they are never a whole segment apart."""
+    for path in folder.glob("segment-*.arrow"):
+        if int(path.stem.split("-")[1]) < wanted - 1:
+            path.unlink()
+
+
+def _nearest(folder: Path, stream: Stream, number: int) -> tuple[int, list[dict[str, int]]]:
+    kept = _read_bookmarks(folder, stream.identity) or {}
+    before = [segment for segment in kept if segment <= number]
+    start = {"pass": 0, "shard": 0, "document": 0, "token": 0}
+    if not before:
+        return 0, [dict(start) for _ in stream.shards]
+    return max(before), kept[max(before)]
+
+
+def _keep_bookmark(folder: Path, stream: Stream, segment: int, marks: list[dict]) -> None:
+    kept = _read_bookmarks(folder, stream.identity)
+    with (folder / BOOKMARKS).open("a") as file:
+        if kept is None:
+            file.write(json.dumps({"stream": stream.identity}) + "\n")
+        if kept is None or segment not in kept:
+            file.write(json.dumps({"segment": segment, "sources": marks}) + "\n")
+
+
+def _read_bookmarks(folder: Path, identity: str) -> dict[int, list[dict[str, int]]] | None:
+    """Return the bookmarks of this stream, None where there are none of it."""
+    try:
+        lines = (folder / BOOKMARKS).read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    found: dict[int, list[dict[str, int]]] = {}
+    for number, line in enumerate(lines):
+        try:
+            entry: dict[str, Any] = json.loads(line)
+        except ValueError:  # cut off when the process was killed
+            continue
+        if number == 0:
+            if entry.get("stream") != identity:
+                return None
+        else:
+            found[entry["segment"]] = entry["sources"]
+    return found if lines else None
+
+
+def _check_producer(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        raise InputError((folder / FAILED).read_text())
+    with contextlib.suppress(FileNotFoundError, ValueError, PermissionError):
+        try:
+            os.kill(int((folder / "producer").read_text()), 0)
+        except ProcessLookupError:
+            raise RuntimeError("the process that encodes the stream is gone") from None
+
+
+def _name(segment: int) -> str:
+    return f"segment-{segment:09}.arrow"
