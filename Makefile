@@ -36,7 +36,7 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fast]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/torch pyproject.toml

@@ -195,8 +195,11 @@ def _origin(texts: Texts) -> dict[str, Any]:
 
 
 def _work(texts: Texts, encoder: Encoder) -> Work:
-    dtype = "uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32"
-    return Work(texts.corpus.reader, encoder, texts.tokenizer.eos_token_id, dtype)
+    return Work(texts.corpus.reader, encoder, texts.tokenizer.eos_token_id, _dtype(texts))
+
+
+def _dtype(texts: Texts) -> str:
+    return "uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32"
 
 
 def _encoder(texts: Texts) -> Encoder:
@@ -222,7 +225,7 @@ def _help_along(
 ) -> None:
     try:
         make_token_shards(
-            texts.corpus, _work(texts, _encoder(texts)), shards,
+            texts.corpus, lambda: _work(texts, _encoder(texts)), shards,
             tokenizer=tokenizer_fingerprint(texts.tokenizer), num_proc=num_proc, rank=rank,
             world_size=world_size,
         )  # fmt: skip
@@ -243,15 +246,13 @@ def _prepare(
 ) -> None:
     for report in place.glob("failed-*.txt"):
         report.unlink()
-    encoder = _encoder(texts)
-    work = _work(texts, encoder)
     shards = make_token_shards(
-        texts.corpus, work, place, tokenizer=made_from["tokenizer"], num_proc=num_proc,
-        world_size=world_size,
+        texts.corpus, lambda: _work(texts, _encoder(texts)), place,
+        tokenizer=made_from["tokenizer"], num_proc=num_proc, world_size=world_size,
     )  # fmt: skip
     with artifact.staged(folder, made_from) as (staging, facts):
-        kept, found = _select(texts, shards, work.dtype)
-        facts["encoder"] = encoder.name
+        kept, found = _select(texts, shards)
+        facts["encoder"] = ", ".join(sorted({shard.facts["encoder"] for shard in shards}))
         facts["sources"] = [
             {"name": name, "documents": 0, "bytes": 0, "tokens": 0, "rows": 0, **found[n]}
             for n, name in enumerate(texts.corpus.source_names())
@@ -312,7 +313,7 @@ def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> 
             counts = np.array([len(part) for part in found[split]], np.int64)
             starts = np.cumsum(counts) - counts
             firsts = lengths[ids[starts]]
-            dtype = np.dtype("uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32")
+            dtype = np.dtype(_dtype(texts))
             path = staging / f"{split}.arrow"
             writer = RowWriter(path, block_size=section.block_size, dtype=dtype)
             if split != "train":
@@ -327,9 +328,7 @@ def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> 
         _check_held_out(facts, section)
 
 
-def _select(
-    texts: Texts, shards: list[TokenShard], dtype: str
-) -> tuple[list[Kept], list[dict[str, int]]]:
+def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[dict[str, int]]]:
     """Return what stays of each shard, and for each source what was counted."""
     rules = texts.cleaning
     counts = [dict.fromkeys(COUNTED, 0) for _ in texts.corpus.source_names()]
@@ -358,19 +357,21 @@ def _select(
     none = np.empty((0, 2), np.int64)
     if rules.decontaminate is None:
         return [Kept(k, none, 0) for k in keep], counts
-    n_grams = cleaning.NGrams(_forbidden(texts, shards, keep, dtype))
+    n_grams = cleaning.NGrams(_forbidden(texts, shards, keep))
     kept = []
     with tqdm(desc="comparing", total=len(shards), unit="shard", delay=2, disable=None) as bar:
         for shard, mask in zip(shards, keep, strict=True):
             is_cut = rules.decontaminate == "cut"
-            kept.append(cleaning.decontaminated(shard, n_grams, mask, dtype=dtype, cut=is_cut))
+            kept.append(
+                cleaning.decontaminated(shard, n_grams, mask, dtype=_dtype(texts), cut=is_cut)
+            )
             counts[shard.group]["cut" if is_cut else "dropped"] += kept[-1].contaminated
             bar.update()
     return kept, counts
 
 
 def _forbidden(
-    texts: Texts, shards: list[TokenShard], keep: list[np.ndarray], dtype: str
+    texts: Texts, shards: list[TokenShard], keep: list[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the ids and the document lengths of held-out text and benchmarks."""
     for shard, mask in zip(shards, keep, strict=True):
@@ -405,8 +406,7 @@ def _chunks(texts: Texts, shard: TokenShard, kept: Kept, split: str) -> Iterator
     wanted = kept.documents & (table["split"] == SPLITS.index(split))
     if not wanted.any():
         return
-    dtype = "uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32"
-    ids, begins = shard.tokens(dtype), np.cumsum(table["tokens"]) - table["tokens"]
+    ids, begins = shard.tokens(_dtype(texts)), np.cumsum(table["tokens"]) - table["tokens"]
     for first, stop in cleaning.batches_of_documents(table["tokens"]):
         chosen, lengths = wanted[first:stop], table["tokens"][first:stop]
         if not chosen.any():
@@ -469,7 +469,7 @@ def _write_split(
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "names": []}
     # What has no context: the first token of the stream, or those of all documents.
     counts |= {"first_token_bytes": 0, "first_tokens_bytes": 0}
-    dtype = np.dtype("uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32")
+    dtype = np.dtype(_dtype(texts))
     writer = RowWriter(staging / f"{split}.arrow", block_size=section.block_size, dtype=dtype)
 
     cut = 0  # documents longer than a row

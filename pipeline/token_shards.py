@@ -5,6 +5,7 @@ line for each document. A shard that stands already and was made from the same t
 processes made them, on how many machines, leaves no trace.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -32,7 +33,7 @@ from pipeline.sources import Shard
 CHARACTERS_PER_CALL = 1 << 20  # keeps every thread busy, and memory small
 # A process takes half a second to start: below this much text, this one does it alone.
 BYTES_WORTH_A_PROCESS = 16 << 20
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.02
 TABLE = np.dtype(
     [
         ("tokens", np.int64),  # end-of-text included
@@ -80,7 +81,7 @@ class TokenShard(NamedTuple):
 
 def make_token_shards(
     corpus: Corpus,
-    work: Work,
+    choose_work: Callable[[], Work],
     folder: Path,
     *,
     tokenizer: str,
@@ -90,7 +91,8 @@ def make_token_shards(
 ) -> list[TokenShard]:
     """Return every shard of the corpus as ids, those of this `rank` made now if they are not yet.
 
-    The main process (rank 0) waits for the shards that other machines make.
+    `choose_work` is called when the processes are starting up. The main process (rank 0) waits for
+    the shards that other machines make.
 
     Raises:
         InputError: what reading a document raises; a process that died; a full disk.
@@ -100,8 +102,8 @@ def make_token_shards(
         made_from = {
             "shard": corpus.shard_identity(shard),
             "tokenizer": tokenizer,
-            "shortest": work.reader.cleaning.shortest,
-            "longest": work.reader.cleaning.longest,
+            "shortest": corpus.reader.cleaning.shortest,
+            "longest": corpus.reader.cleaning.longest,
         }
         specs.append((folder / f"{number:06}", made_from, shard))
     mine = specs[rank::world_size]
@@ -113,7 +115,7 @@ def make_token_shards(
         disable=None,
     ) as bar:  # fmt: skip
         if to_do:
-            _make_all(to_do, work, bar, _processes(num_proc, to_do))
+            _make_all(to_do, choose_work, bar, _processes(num_proc, to_do))
     if rank == 0 and world_size > 1:
         _wait_for_others(specs, folder)
     return [
@@ -144,7 +146,7 @@ def make_token_shard(place: Path, made_from: dict, shard: Shard, work: Work, rep
                 names.write(json.dumps(document.name) + "\n")
             batch.flush()
         np.save(staging / "documents.npy", np.array(rows, TABLE))
-        facts |= counts
+        facts |= counts | {"encoder": work.encoder.name}
 
 
 def end_with(parent: int) -> None:
@@ -264,8 +266,9 @@ def _processes(num_proc: int | None, to_do: list) -> int:
     return min(cores or 1, len(to_do))
 
 
-def _make_all(to_do: list, work: Work, bar: tqdm, processes: int) -> None:
+def _make_all(to_do: list, choose_work: Callable[[], Work], bar: tqdm, processes: int) -> None:
     if processes == 1:
+        work = choose_work()
         for place, made_from, shard in to_do:
             make_token_shard(place, made_from, shard, work, bar.update)
         return
@@ -277,18 +280,18 @@ def _make_all(to_do: list, work: Work, bar: tqdm, processes: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with (
-            tempfile.NamedTemporaryFile() as file,
-            ProcessPoolExecutor(processes, context, _start_worker, (file.name, counter)) as pool,
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool,
         ):
+            waiting: list[Future] = [pool.submit(os.getpid) for _ in range(processes)]
             # Through a file: a large vocabulary in a pipe makes each start wait for the last.
-            pickle.dump(work, file)
-            file.flush()
-            waiting: list[Future] = []
+            file = Path(folder) / "work"
+            file.write_bytes(pickle.dumps(choose_work()))
             queue, shown = iter(to_do), 0
             try:
                 while True:
                     while len(waiting) < 2 * processes and (spec := next(queue, None)):
-                        waiting.append(pool.submit(_work_on, *spec))
+                        waiting.append(pool.submit(_work_on, file, *spec))
                     if not waiting:
                         break
                     for task in [task for task in waiting if task.done()]:
@@ -296,7 +299,7 @@ def _make_all(to_do: list, work: Work, bar: tqdm, processes: int) -> None:
                         waiting.remove(task)
                     bar.update(counter.value - shown)
                     shown = counter.value
-                    time.sleep(SECONDS_BETWEEN_LOOKS / 10)
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -311,23 +314,26 @@ def _make_all(to_do: list, work: Work, bar: tqdm, processes: int) -> None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-_worker: tuple[Work, Any] | None = None
+_counter: Any = None
 
 
-def _start_worker(file: str, counter: Any) -> None:
-    global _worker
-    _worker = pickle.loads(Path(file).read_bytes()), counter
+def _start_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
     end_with(os.getppid())
 
 
-def _work_on(place: Path, made_from: dict, shard: Shard) -> None:
-    work, counter = _worker
-
+def _work_on(file: Path, place: Path, made_from: dict, shard: Shard) -> None:
     def report(size: int) -> None:
-        with counter.get_lock():
-            counter.value += size
+        with _counter.get_lock():
+            _counter.value += size
 
-    make_token_shard(place, made_from, shard, work, report)
+    make_token_shard(place, made_from, shard, _read_work(file), report)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_work(file: Path) -> Work:
+    return pickle.loads(file.read_bytes())
 
 
 _open_encoders: dict[str, OpenEncoder] = {}

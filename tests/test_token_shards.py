@@ -40,7 +40,7 @@ def work_of(corpus, tokenizer):
 
 def make(corpus, tokenizer, folder, *, mark="fingerprint", **values):
     values = {"tokenizer": mark, "num_proc": 1} | values
-    return make_token_shards(corpus, work_of(corpus, tokenizer), folder, **values)
+    return make_token_shards(corpus, lambda: work_of(corpus, tokenizer), folder, **values)
 
 
 def contents(folder):
@@ -132,11 +132,11 @@ def test_what_is_left_out_is_counted(tmp_path, tokenizer, monkeypatch):
     rows.write_text("".join(f'{{"text": {text}}}\n' for text in written))
     cleaning = CleaningSection(shortest=5, longest=20)
     shard = make(corpus_of(rows, cleaning=cleaning), tokenizer, tmp_path / "a")[0]
-    assert shard.facts == {"empty": 2, "short": 2, "long": 1}
+    assert shard.facts == {"encoder": "tokenizers", "empty": 2, "short": 2, "long": 1}
     assert shard.table["bytes"].tolist() == [5, 20]
     cleaning = CleaningSection(shortest=len(long), longest=len(long))
     shard = make(corpus_of(rows, cleaning=cleaning), tokenizer, tmp_path / "b")[0]
-    assert shard.facts == {"empty": 2, "short": 4, "long": 0}
+    assert shard.facts == {"encoder": "tokenizers", "empty": 2, "short": 4, "long": 0}
     assert shard.table["bytes"].tolist() == [len(long)]
 
 
