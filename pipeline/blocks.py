@@ -17,8 +17,9 @@ from pipeline import artifact, packing
 from pipeline.corpus import SPLITS
 from pipeline.encoder import Encoder
 from pipeline.packing import mixture
-from pipeline.recipe import DataSection, InputError
+from pipeline.recipe import InputError
 from pipeline.row_file import RowFile
+from pipeline.sections import DataSection
 from pipeline.streaming import Ring, Stream
 from pipeline.tokenizer import token_bytes
 

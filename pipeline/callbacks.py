@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 from pipeline.blocks import HeldOutBatches, Rows
 from pipeline.generation import continuation
 from pipeline.perplexity import score_rows
-from pipeline.recipe import GenerationSection
+from pipeline.sections import GenerationSection
 
 LINES_SHOWN = 5  # of a sample; samples.txt has all of it
 

@@ -15,14 +15,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.library_fields import LibraryField, model_config_fields, training_fields
-from pipeline.recipe import (
-    InputError,
-    Recipe,
-    Section,
-    Temperature,
-    read_recipe,
-    sentence_of,
-)
+from pipeline.recipe import InputError, Recipe, read_recipe, sentence_of
+from pipeline.sections import Section, Temperature
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from pipeline import sources
-from pipeline.recipe import CleaningSection, DataSection, InputError, SourceSection
+from pipeline.recipe import InputError
+from pipeline.sections import CleaningSection, DataSection, SourceSection
 from pipeline.sources import Shard
 
 SPLITS = ("train", "validation", "test")

@@ -9,7 +9,8 @@ import functools
 import math
 from collections.abc import Callable
 
-from pipeline.recipe import InputError, ScheduleSection
+from pipeline.recipe import InputError
+from pipeline.sections import ScheduleSection
 
 
 def cosine_with_floor(step: int, *, warmup_steps: int, decay_steps: int, floor: float) -> float:

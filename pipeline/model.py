@@ -18,7 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from pipeline.recipe import InputError, ModelSection, check_local, first_line, not_loaded
+from pipeline.recipe import InputError, check_local, first_line, not_loaded
+from pipeline.sections import ModelSection
 
 # Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
 DERIVED = {

@@ -25,8 +25,9 @@ from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder, choose_encoder
 from pipeline.packing import mixture
-from pipeline.recipe import CleaningSection, DataSection, InputError, SourceSection
+from pipeline.recipe import InputError
 from pipeline.row_file import RowFile, RowWriter
+from pipeline.sections import CleaningSection, DataSection, SourceSection
 from pipeline.streaming import TOKENS_PER_SEGMENT, Stream
 from pipeline.token_shards import TokenShard, Work, make_token_shards
 from pipeline.tokenizer import FolderTokenizer, token_bytes, tokenizer_fingerprint

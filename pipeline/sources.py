@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from pipeline.recipe import InputError, SourceSection, first_line, not_loaded
+from pipeline.recipe import InputError, first_line, not_loaded
+from pipeline.sections import SourceSection
 
 STANDARD_LIBRARY = "python:stdlib"
 PACKAGES = "python:packages"

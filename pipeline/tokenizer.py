@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from pipeline import artifact
 from pipeline.corpus import Corpus
-from pipeline.recipe import InputError, TokenizerSection, check_local, not_loaded
+from pipeline.recipe import InputError, check_local, not_loaded
+from pipeline.sections import TokenizerSection
 from pipeline.sources import Shard
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 python tests/benchmarks/text_to_blocks.py --tokenizer FOLDER
 
 FOLDER holds GPT-2's vocab.json and merges.txt or any other tokenizer; without it one of 32,768
-entries is trained first, untimed. Needs gigatoken, two free cores and 2 GB in TMPDIR; takes some
-minutes, with --megabytes 5 about one.
+entries is trained first, untimed. Needs gigatoken, two free cores and 2 GB in TMPDIR (8 GB with
+--memory_megabytes 2000); takes some minutes, with --megabytes 5 about one.
 
 The baseline is what run_clm.py of transformers does to text files: load_dataset, map(tokenize),
 map(group_texts), each in two processes. All arms read copies of the same files with the same
@@ -39,6 +39,7 @@ BLOCK_SIZE, BATCH_SIZE, CORES = 1024, 16, 2
 FULL_RUN_MB, SAMPLE_MB, VOCAB_SIZE = 200, 20, 32_768
 SECONDS_READING, SECONDS_BETWEEN_SAMPLES = 3.0, 0.05
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+CHANGED = ("self", "return", "name", "value", "data")
 LIBRARIES = ("tokenizers", "gigatoken", "datasets", "transformers", "torch")
 # find_spec answers None for a module that stands as None in sys.modules, and importing it fails.
 WITHOUT_FAST = 'import sys\n\nsys.modules["gigatoken"] = None\n'
@@ -55,6 +56,12 @@ def main() -> None:
         "--baseline_megabytes", type=float, default=40, help="of the same (%(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=1, help="of each arm (%(default)s)")
+    parser.add_argument(
+        "--memory_megabytes",
+        type=float,
+        default=0,
+        help="at least so much for the peak memory: the text again and again, with changes",
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -127,10 +134,17 @@ def _measure(options: argparse.Namespace, temporary: Path) -> None:
     print(f"reading shuffled batches of {BATCH_SIZE} x {BLOCK_SIZE:,}, one process, Mtokens/s:")
     for name in ("baseline", "ours"):
         print(f"  {name:<24}{found[name]:>8.2f}  of {found[f'{name}_rows']:,} rows")
-    peak, processes = _peak_memory(_recipe(temporary / "text", tokenizer, temporary / "memory"))
+    text, size = temporary / "text", _size(files)
+    if options.memory_megabytes > size:
+        text = temporary / "grown.jsonl"
+        size = _grow(files, options.memory_megabytes, text)
+    started = time.perf_counter()
+    peak, processes = _peak_memory(_recipe(text, tokenizer, temporary / "memory"))
+    seconds = time.perf_counter() - started
     imports = _child("imports")["rss"] / 1e6
     print(
-        f"peak memory of ours, gigatoken, {_size(files):.1f} MB of text: {peak:.0f} MB in "
+        f"peak memory of ours, gigatoken, {size:.1f} MB of text ({size / seconds:.1f} MB/s): "
+        f"{peak:.0f} MB in "
         f"{processes} processes (sum of RSS),\n"
         f"  {imports:.0f} MB of it for the imports of one: {peak - imports:.0f} MB beyond"
     )
@@ -442,6 +456,21 @@ def _copy_packages(folder: Path, megabytes: float | None) -> list[Path]:
             copies.append(folder / f"{len(copies):06}.txt")
             copies[-1].write_bytes(content)
     return copies
+
+
+def _grow(files: list[Path], megabytes: float, path: Path) -> float:
+    """Write the files as JSON lines again and again, words changed; return the megabytes."""
+    size = 0
+    with path.open("w") as lines:
+        for copy in itertools.count():
+            for file in files:
+                text = file.read_bytes().decode()
+                for word in CHANGED if copy else ():
+                    text = text.replace(word, f"{word[::-1]}{copy}")
+                size += len(text.encode())
+                lines.write(json.dumps({"text": text}) + "\n")
+            if size >= megabytes * 1e6:
+                return size / 1e6
 
 
 def _spread(files: Iterable[Path], megabytes: float) -> list[Path]:

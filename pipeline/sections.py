@@ -1,0 +1,334 @@
+"""The sections of a recipe: their fields, meanings, defaults and contradictions.
+
+Each is named after the room that reads it; a room receives its own section and never the whole.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, unknown keys refused, text read as the type that is asked."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+def _listed(values: Any, name: str) -> Any:
+    """Return a section's values in which one text stands for a list of one."""
+    if isinstance(values, dict) and isinstance(values.get(name), str):
+        values = {**values, name: [values[name]]}
+    return values
+
+
+def _greedy_or_not_tiny(value: float) -> float:
+    if 0 < value < 0.01:  # dividing logits by less overflows
+        raise ValueError("temperature must be 0 (greedy) or at least 0.01")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_not_tiny)]
+
+
+class TokenizerSection(Section):
+    """A byte-level BPE tokenizer: trained on this recipe's training text, or loaded."""
+
+    vocab_size: int | None = Field(None, ge=SMALLEST_VOCABULARY)
+    """Entries to train, <|endoftext|> included (at least 257)."""
+    pretrained: str | None = None
+    """Folder or Hub name of an existing tokenizer, instead of training one."""
+    sample_bytes: int = Field(100_000_000, ge=1)
+    """Training text to train it on, in bytes, taken evenly from all of it: memory stays bounded."""
+    sample_document_characters: int = Field(1_000_000, ge=1)
+    """Of a longer document only that much is in the sample."""
+
+
+class SourceFields(Section):
+    """Where documents come from and how they are told apart."""
+
+    files: list[str] | None = None
+    """Text files, folders (their text and table files), globs, .txt/.jsonl/.csv/.parquet (also
+    .gz and .zst), python:stdlib, or python:packages (the installed packages' .py files)."""
+    dataset: str | None = None
+    """Hub name (or local folder) of a data set, instead of files."""
+    dataset_config: str | None = None
+    """Configuration of that data set."""
+    dataset_split: str = "train"
+    """Split of that data set to read documents from."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of that data set."""
+    text_column: str = "text"
+    """Column of a table or data set that holds a document's text."""
+    separator: str | None = Field(None, min_length=1)
+    """What stands between the documents of a text file (default: a file is one document); \\n and
+    \\t are read as line feed and tab."""
+    join_rows: bool = False
+    """The rows of a table are pieces of one text, to be joined as they are (WikiText's lines)."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes or characters that are not Unicode text: stop and name them, or put U+FFFD there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "files")
+
+    @model_validator(mode="after")
+    def _rows_have_no_separator(self) -> "SourceFields":
+        if self.join_rows and self.separator is not None:
+            raise ValueError("data.join_rows is for tables, data.separator for text files")
+        return self
+
+    @property
+    def separator_bytes(self) -> bytes | None:
+        """The separator as it stands in a file."""
+        if self.separator is None:
+            return None
+        return self.separator.replace("\\n", "\n").replace("\\t", "\t").encode()
+
+
+class SourceSection(SourceFields):
+    """One of several sources of a mixture."""
+
+    name: str | None = None
+    """What tables call it (default: its first file, or the data set)."""
+    weight: float | None = Field(None, ge=0)
+    """Share of the training tokens; all sources have one and they sum to 1, or none has."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceSection":
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("every entry of data.sources has exactly one of files and dataset")
+        return self
+
+
+class DataSection(SourceFields):
+    """Documents, their split into training, validation and test, and the rows cut from them."""
+
+    sources: list[SourceSection] | None = None
+    """Several sources instead of one, each with its own files or dataset, and with weights."""
+    mixture_tokens: int | None = Field(None, ge=1)
+    """With weights: training tokens wanted (default: as many as leave the weights true)."""
+    validation_files: list[str] | None = None
+    """Files that are the validation text, instead of data.validation_fraction of the sources."""
+    test_files: list[str] | None = None
+    """Files that are the test text, instead of data.test_fraction of the sources."""
+    validation_split: str | None = None
+    """Split of data.dataset that is the validation text, as validation_files."""
+    test_split: str | None = None
+    """Split of data.dataset that is the test text, as test_files."""
+    hold_out: Literal["auto", "documents", "tail"] = "auto"
+    """Hold out whole documents by a hash of their text, or the end of every document (auto: the
+    tail when there are fewer than 100 documents)."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share held out for validation."""
+    test_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share held out for the final test."""
+    block_size: int = Field(1024, ge=2)
+    """Tokens in a row."""
+    packing: Literal["concatenate", "best_fit", "sliding"] = "concatenate"
+    """concatenate: one stream cut into rows; best_fit: whole documents, placed so that least is
+    filled up; sliding: windows that overlap."""
+    stride: int | None = Field(None, ge=1)
+    """sliding only: tokens from the start of one row to that of the next."""
+    attend_across: bool = True
+    """Whether a token sees the documents before its own in the same row; false keeps attention and
+    positions within each document."""
+    streaming: bool = False
+    """Tokenise on the way to the device instead of beforehand, for text larger than the disk."""
+    held_out_from_bytes: int = Field(256_000_000, ge=1)
+    """streaming only: the held-out documents are those in that much of the text's beginning."""
+    path: str | None = None
+    """Folder of the prepared rows (default: <training.output_dir>/blocks)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_held_out_file_is_a_list(cls, values: Any) -> Any:
+        return _listed(_listed(values, "validation_files"), "test_files")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "DataSection":
+        given = [self.files is not None, self.dataset is not None, self.sources is not None]
+        if sum(given) != 1:
+            raise ValueError(
+                "give exactly one of data.files, data.dataset and data.sources (null takes one "
+                "back)"
+            )
+        stated = self.model_fields_set
+        if self.sources is not None:
+            misplaced = [n for n in SourceFields.model_fields if n in stated and getattr(self, n)]
+            if misplaced:
+                raise ValueError(
+                    f"data.{misplaced[0]} beside data.sources: state it in each source instead"
+                )
+            _check_weights(self.sources)
+        for split in ("validation", "test"):
+            if getattr(self, f"{split}_split") is None:
+                continue
+            if self.dataset is None or getattr(self, f"{split}_files"):
+                raise ValueError(
+                    f"data.{split}_split names a split of data.dataset; for files there is "
+                    f"data.{split}_files"
+                )
+        if self.packing == "sliding":
+            if self.stride is None or self.stride > self.block_size:
+                raise ValueError(
+                    "data.packing sliding needs data.stride, from 1 to data.block_size "
+                    f"({self.block_size}); got {self.stride}"
+                )
+        elif self.stride is not None:
+            raise ValueError("data.stride has a meaning for data.packing sliding only")
+        if self.streaming and self.packing != "concatenate":
+            raise ValueError(
+                f"data.packing {self.packing} has to see all documents first; with data.streaming "
+                "only concatenate works"
+            )
+        if self.held_out_fraction("validation") + self.held_out_fraction("test") >= 1:
+            raise ValueError(
+                "data.validation_fraction and data.test_fraction leave nothing to train on: "
+                "their sum must be below 1"
+            )
+        return self
+
+    @property
+    def all_sources(self) -> list[SourceSection]:
+        """The sources, also where there is only one."""
+        if self.sources is not None:
+            return self.sources
+        fields = {n: getattr(self, n) for n in SourceFields.model_fields}
+        return [SourceSection(**fields)]
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the sources are mixed by weights."""
+        return self.all_sources[0].weight is not None
+
+    def held_out_fraction(self, split: str) -> float:
+        """Return the share of the sources' documents that a split takes, 0 if it has its own."""
+        return 0.0 if self.has_own(split) else getattr(self, f"{split}_fraction")
+
+    def has_own(self, split: str) -> bool:
+        """Whether a held-out split has text of its own."""
+        return bool(getattr(self, f"{split}_files") or getattr(self, f"{split}_split"))
+
+
+def _check_weights(sources: list[SourceSection]) -> None:
+    weights = [source.weight for source in sources]
+    if not sources:
+        raise ValueError("data.sources is an empty list; give at least one source")
+    if all(weight is None for weight in weights):
+        return
+    if any(weight is None for weight in weights):
+        raise ValueError("data.sources: either every source has a weight or none has")
+    if abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"data.sources: the weights sum to {sum(weights):g}; they are fractions of the "
+            "training tokens and must sum to 1"
+        )
+
+
+class CleaningSection(Section):
+    """What is left out of the training text; every step is counted, none is on by itself."""
+
+    deduplicate: bool = False
+    """Keep only the first of documents with the same text."""
+    decontaminate: Literal["drop", "cut"] | None = None
+    """Training documents that share 13 tokens in a row with held-out text or a benchmark: drop
+    them, or cut those tokens out."""
+    benchmark_files: list[str] = Field(default_factory=list)
+    """Files to keep out of the training text besides the held-out text (for decontaminate)."""
+    shortest: int = Field(1, ge=1)
+    """Characters that a document must have."""
+    longest: int | None = Field(None, ge=1)
+    """Characters that a document may have."""
+    normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    """Unicode normalisation of every document, before anything else looks at it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_benchmark_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "benchmark_files")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "CleaningSection":
+        if self.benchmark_files and self.decontaminate is None:
+            raise ValueError("cleaning.benchmark_files needs cleaning.decontaminate: drop or cut")
+        if self.longest is not None and self.longest < self.shortest:
+            raise ValueError("cleaning.longest is below cleaning.shortest: no document is both")
+        return self
+
+
+class ModelSection(Section):
+    """A GPT2LMHeadModel: fresh from `config`, or the weights of `pretrained`."""
+
+    config: dict[str, Any] | None = None
+    """Fields of GPT2Config; vocabulary, positions and special ids are derived; dropout is 0."""
+    pretrained: str | None = None
+    """Folder or Hub name of a GPT-2 to go on from, instead of `config`."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ... (default: the library's)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError(
+                "give exactly one of model.config and model.pretrained (null takes one back)"
+            )
+        return self
+
+
+class ScheduleSection(Section):
+    """The learning rate over the updates; its peak is training.learning_rate."""
+
+    name: Literal["cosine", "linear", "wsd", "cosine_restarts"] = "cosine"
+    """Shape after the warm-up; wsd: stay at the peak, then fall linearly."""
+    warmup_steps: float = Field(0.02, ge=0)
+    """Linear warm-up in updates; below 1, a fraction of the horizon."""
+    horizon_steps: float = Field(1.0, gt=0)
+    """Update at which the floor is reached; up to 1, a fraction of all updates."""
+    floor: float = Field(0.1, ge=0, le=1)
+    """Fraction of the peak that remains at the horizon and ever after."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the horizon over which the rate falls."""
+    cycles: int = Field(4, ge=1)
+    """cosine_restarts only: how many cosines up to the horizon."""
+
+
+class EvaluationSection(Section):
+    """What is measured besides the held-out loss."""
+
+    texts: dict[str, str] = Field(default_factory=dict)
+    """Perplexity of extra texts at each evaluation, as name: file."""
+    tokens: int | None = Field(None, ge=2)
+    """Held-out tokens scored at each evaluation while training (default: all; the final numbers
+    always use all)."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better held-out loss."""
+
+
+class GenerationSection(Section):
+    """What the model is asked to write at each evaluation and for the summary."""
+
+    prompts: list[str] = Field(default_factory=list)
+    """Beginnings to continue."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length of a continuation in tokens."""
+    temperature: Temperature = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among this many most likely tokens; 0: all."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the samples."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_prompt_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "prompts")
