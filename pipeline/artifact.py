@@ -53,12 +53,15 @@ def staged(folder: Path, made_from: dict[str, Any]) -> Iterator[tuple[Path, dict
     try:
         yield staging, facts
         commit(staging, folder, made_from, facts)
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        if said := re.search(r"\(os error (\d+)\)", str(error)):  # the Rust libraries'
+            code = int(said[1])
+        if code not in FULL:
             raise
         raise InputError(
-            f"{folder}: cannot be written, the disk is full ({os.strerror(error.errno)}); make "
-            "room there or name another place, and start again: what was finished is kept"
+            f"{folder}: cannot be written, the disk is full ({os.strerror(code)}); make room there "
+            "or name another place, and start again: what was finished is kept"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -121,6 +124,29 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, is_main_process: bool = True) -> Iterator[None]:
+    """Make a run folder where there is none, and hold it; other processes than the main do nothing.
+
+    Raises:
+        InputError: it cannot be written to, or another process holds it.
+    """
+    if not is_main_process:
+        yield
+        return
+    probe = folder / f"_probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --training.output_dir"
+        ) from None
+    with locked(folder, "--training.output_dir"):
+        yield
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

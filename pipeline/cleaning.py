@@ -1,7 +1,7 @@
 """What is left out of the training text: copies, and what the held-out text also says.
 
-Both look at ids on disk, shard by shard, in memory that does not grow with the text: 16 bytes a
-document to find copies, 8 bytes a held-out token to find shared n-grams.
+Both look at ids on disk, a stretch at a time: what stays in memory is 16 bytes a document (several
+times that while they are sorted) to find copies, 8 bytes a held-out token to find shared n-grams.
 """
 
 from collections.abc import Iterable
@@ -55,12 +55,12 @@ def without_copies(shards: list[TokenShard], keep: list[np.ndarray]) -> list[np.
 
 
 def held_out_copies(shards: list[TokenShard], sources: int) -> list[np.ndarray]:
-    """Return bool [documents] for each shard, true for training documents that are held out too.
+    """Return bool [documents] for each shard, true for documents that were given as held-out text.
 
-    It can happen where held-out text has files of its own: those of the groups from `sources` on.
+    Such text has files of its own: the groups from `sources` on.
 
     Raises:
-        InputError: a document is in validation and in test.
+        InputError: a document was given for validation and for the test.
     """
     sides: dict[bytes, int] = {}
     for shard in shards:
@@ -68,7 +68,10 @@ def held_out_copies(shards: list[TokenShard], sources: int) -> list[np.ndarray]:
             table = shard.table
             for place, (digest, split) in enumerate(table[["digest", "split"]]):
                 if sides.setdefault(digest.tobytes(), int(split)) != split:
-                    raise _on_both(shard, place)
+                    raise InputError(
+                        f"{shard.names([place])[0]}: the same document is in validation and in "
+                        "test; take it out of one"
+                    )
     known = np.frombuffer(b"".join(sides), np.uint64).reshape(-1, 2)
     copies = []
     for shard in shards:
@@ -76,30 +79,26 @@ def held_out_copies(shards: list[TokenShard], sources: int) -> list[np.ndarray]:
         found = np.zeros(len(table), bool)
         if shard.group < sources:
             for place in np.flatnonzero(np.isin(table["digest"][:, 0], known[:, 0])):
-                split = sides.get(table["digest"][place].tobytes())
-                found[place] = split is not None and table["split"][place] == TRAIN
-                if split is not None and table["split"][place] not in (TRAIN, split):
-                    raise _on_both(shard, place)
+                found[place] = table["digest"][place].tobytes() in sides
         copies.append(found)
     return copies
 
 
-def _on_both(shard: TokenShard, place: int) -> InputError:
-    return InputError(
-        f"{shard.names([place])[0]}: the same document is in validation and in test; take it out "
-        "of one"
-    )
-
-
 class NGrams:
-    """The n-grams of texts that must not be trained on."""
+    """The n-grams of texts that must not be trained on.
+
+    Attributes:
+        too_short: documents that have none.
+    """
 
     def __init__(self, streams: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Collect them from streams of ids and the lengths of their documents."""
         found = [np.empty(0, np.uint64)]
+        self.too_short = 0
         for ids, lengths in streams:
-            hashes, inside = _hashes(ids, lengths)
-            found.append(hashes[inside])
+            self.too_short += int((lengths <= N_GRAM).sum())  # end-of-text included
+            for _, hashes, inside in _hashes(ids, lengths):
+                found.append(hashes[inside])
         self._sorted = np.unique(np.concatenate(found))
         self._table = np.zeros(1 << TABLE_BITS >> 3, np.uint8)
         places = self._places(self._sorted)
@@ -113,11 +112,15 @@ class NGrams:
 
         `lengths` are those of the documents, end-of-text included, which is in no n-gram.
         """
-        hashes, inside = _hashes(ids, lengths)
-        places = self._places(hashes)
-        maybe = np.flatnonzero(inside & (self._table[places >> 3] >> (places & 7) & 1).astype(bool))
-        at = np.searchsorted(self._sorted, hashes[maybe])
-        hit = maybe[self._sorted[np.minimum(at, len(self._sorted) - 1)] == hashes[maybe]]
+        hits = [np.empty(0, np.int64)]
+        for begin, hashes, inside in _hashes(ids, lengths):
+            places = self._places(hashes)
+            maybe = inside & (self._table[places >> 3] >> (places & 7) & 1).astype(bool)
+            candidates = np.flatnonzero(maybe)
+            at = np.searchsorted(self._sorted, hashes[candidates])
+            at = np.minimum(at, len(self._sorted) - 1)
+            hits.append(candidates[self._sorted[at] == hashes[candidates]] + begin)
+        hit = np.concatenate(hits)
         if not len(hit):
             return np.empty((0, 2), np.int64)
         # N-grams that touch or overlap are one stretch; end-of-text, which is in none, stands
@@ -172,21 +175,23 @@ def batches_of_documents(tokens: np.ndarray) -> Iterable[tuple[int, int]]:
         first = stop
 
 
-def _hashes(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hash of the n-gram at every place, and whether it lies within its document."""
-    count = len(ids) - N_GRAM + 1
-    if count < 1:
-        return np.empty(0, np.uint64), np.empty(0, bool)
-    wide = np.asarray(ids).astype(np.uint64) + np.uint64(1)
-    hashes = np.zeros(count, np.uint64)
-    for k, factor in enumerate(_FACTORS):
-        hashes += wide[k : k + count] * factor
-    hashes ^= hashes >> np.uint64(32)
-    hashes *= np.uint64(0xD6E8FEB86659FD93)  # the table takes the upper bits: mix them (rrxmrrxmsx)
-    # Places too near to the end of their document: the n-gram would hold its end-of-text.
-    inside = np.ones(len(ids), bool)
+def _hashes(ids: np.ndarray, lengths: np.ndarray) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield, a stretch at a time, its first place, the hash of the n-gram at every place, and
+    whether that lies within its document."""
     ends = np.cumsum(lengths)
-    for k in range(N_GRAM):
-        near = ends - 1 - k
-        inside[near[near >= ends - lengths]] = False
-    return hashes, inside[:count]
+    for begin in range(0, len(ids) - N_GRAM + 1, TOKENS_AT_ONCE):
+        count = min(TOKENS_AT_ONCE, len(ids) - N_GRAM + 1 - begin)
+        part = np.asarray(ids[begin : begin + count + N_GRAM - 1])
+        wide = part.astype(np.uint64) + np.uint64(1)
+        hashes = np.zeros(count, np.uint64)
+        for k, factor in enumerate(_FACTORS):
+            hashes += wide[k : k + count] * factor
+        hashes ^= hashes >> np.uint64(32)
+        hashes *= np.uint64(0xD6E8FEB86659FD93)  # the table takes the upper bits (rrxmrrxmsx)
+        # Places too near to the end of their document: the n-gram would hold its end-of-text.
+        inside = np.ones(count, bool)
+        near_ends = ends[(ends > begin) & (ends - N_GRAM < begin + count)]
+        for k in range(N_GRAM):
+            near = near_ends - 1 - k - begin
+            inside[near[(near >= 0) & (near < count)]] = False
+        yield begin, hashes, inside

@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 import traceback
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,6 +150,9 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         code = 130
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except SystemExit:
         raise
     except BaseException:
@@ -287,8 +291,14 @@ def _spelled(value: Any) -> str:
 
 
 def _kind(annotation: Any) -> str:
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
     if typing.get_origin(annotation) is Literal:
-        return "|".join(str(choice) for choice in typing.get_args(annotation))
+        return "|".join(str(choice) for choice in parts)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(parts) == 1:
+        return _kind(parts[0])
+    if parts and isinstance(parts[0], type) and issubclass(parts[0], BaseModel):
+        fields = ", ".join(parts[0].model_fields)
+        return f"list of {{{fields}}}"
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    name = str(annotation) if typing.get_args(annotation) else name
+    name = str(annotation) if parts else name
     return name.replace("typing.", "").replace(" | None", "").replace("NoneType", "null")

@@ -1,5 +1,6 @@
 """All documents of a recipe, cleaned one by one, each on one side of the split."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -46,14 +47,24 @@ class Document(NamedTuple):
         return "".join(self.read())
 
     @property
-    def split(self) -> str:
-        """The split that the document belongs to; where its hash decides, the text is read."""
-        if self.given_split is not None:
-            return self.given_split
+    def digest(self) -> bytes:
+        """sha256 of the whole document."""
+        if self.whole is not None:
+            return self.whole[1]
         digest = hashlib.sha256()
         for window in self.read():
             digest.update(window.encode())
-        return split_of_digest(digest.digest(), self.section)
+        return digest.digest()
+
+    @property
+    def split(self) -> str:
+        """The split that the document belongs to; where its hash decides, the text is read."""
+        return self.given_split or split_of_digest(self.digest, self.section)
+
+    def is_within(self, cleaning: CleaningSection) -> bool:
+        """Tell whether the whole document is neither too short nor too long."""
+        length = self.whole[0] if self.whole else sum(len(window) for window in self.read())
+        return cleaning.shortest <= length <= (cleaning.longest or length)
 
 
 class Reader:
@@ -239,12 +250,12 @@ class Corpus:
     def _source_fingerprint(self, number: int) -> str:
         source = dict(self._groups)[number]
         if source.dataset is not None and self._section.streaming:
-            # Only a revision that is a commit makes sure that the text stays the same.
-            names = source.dataset, source.dataset_config, source.dataset_split
-            return _combined([str(name) for name in (*names, source.dataset_revision)])
+            return sources.streamed_identity(source)
         if source.dataset is not None:
             return sources.load_hub(source)._fingerprint
-        return _combined([self._digests[str(path)] for _, path in self._files[number]])
+        files = [(self._digests[str(path)], path) for _, path in self._files[number]]
+        # The same bytes are other documents in a file of another kind.
+        return _combined([f"{digest}:{sources.kind_of(p, source)}" for digest, p in files])
 
 
 def held_out_source(section: DataSection, split: str) -> SourceSection:
@@ -325,10 +336,11 @@ def _file_digests(stats: list[tuple[str, os.stat_result]], kept: Path | None) ->
     if kept is not None and changed:
         settled = time.time_ns() - int(RACY_SECONDS * 1e9)
         entries = {p: [*m, digests[p]] for p, m in marks.items() if m[2] < settled}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        staging = kept.with_name(f"_{kept.name}-{os.getpid()}")
-        staging.write_text(json.dumps(entries))
-        os.replace(staging, kept)
+        with contextlib.suppress(OSError):  # it only saves time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            staging = kept.with_name(f"_{kept.name}-{os.getpid()}")
+            staging.write_text(json.dumps(entries))
+            os.replace(staging, kept)
     return digests
 
 

@@ -42,7 +42,7 @@ NEIGHBOURS = {
     "1": regex.compile(r"\p{N}"),
     "!": regex.compile(r"[^\p{White_Space}\p{L}\p{N}]"),
 }
-WORDS_KEPT = 1 << 18  # about 50 MB
+WORDS_KEPT, LONGEST_KEPT = 1 << 18, 64  # about 50 MB
 
 # White space, digits, quotes, scripts, joined emoji, control characters, specials spelt out, and
 # code points beyond the basic plane: where patterns and byte handling differ between encoders.
@@ -114,10 +114,12 @@ class _Words:
         kept = self._known
         if new:
             found = dict(zip(new, map(_bytes, _ids(self._tokenizer, list(new))), strict=True))
-            if len(kept) + len(found) > WORDS_KEPT:  # the first words were the frequent ones
+            # The first words are the frequent ones.
+            room = max(0, WORDS_KEPT - len(kept))
+            short = [word for word in found if len(word) <= LONGEST_KEPT][:room]
+            kept.update((word, found[word]) for word in short)
+            if len(short) < len(found):
                 kept = kept | found
-            else:
-                kept.update(found)
         ids = [
             None if words is None else np.frombuffer(b"".join(map(kept.__getitem__, words)), "<u4")
             for words in cut

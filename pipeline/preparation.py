@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import shutil
-import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # The fast encoder is compared with `tokenizers` on that much of the corpus: a fifth of a second.
 SAMPLED_SHARDS, SAMPLED_CHARACTERS = 32, 16_000
+GIVEN = "given_documents.txt"
 SAMPLED_BYTES = 1 << 20  # of a stream's training text, for the bytes that a token stands for
 
 
@@ -78,6 +78,8 @@ def prepare_blocks(
     texts = Texts(corpus, tokenizer, section, cleaning or CleaningSection())
     made_from = _origin(texts)
     if not artifact.reusable(folder, made_from):
+        if rank and section.streaming:  # there is nothing to help with
+            return
         shards = folder.parent / f"_shards-{folder.name}"
         try:
             shards.mkdir(parents=True, exist_ok=True)
@@ -95,8 +97,12 @@ def prepare_blocks(
                     _prepare(texts, folder, made_from, shards, num_proc, world_size)
             shutil.rmtree(shards)
         logger.info("%s", describe(folder, section))
-    elif section.is_weighted and not section.streaming:  # weights may change, the rows stay
+        return
+    if rank == 0:  # what a process left that was killed when it was done
+        shutil.rmtree(folder.parent / f"_shards-{folder.name}", ignore_errors=True)
+    if section.is_weighted and not section.streaming:  # weights may change, the rows stay
         _check_mixture(artifact.read_manifest(folder)["facts"], section)
+        logger.info("%s", describe(folder, section))
 
 
 def stream_of(
@@ -107,8 +113,13 @@ def stream_of(
     cleaning: CleaningSection,
     rows_per_update: int,
     seed: int,
+    folder: Path | None = None,
 ) -> Stream | None:
-    """Return what decides the rows of a streamed corpus, None where rows are prepared."""
+    """Return what decides the rows of a streamed corpus, None where rows are prepared.
+
+    `folder` holds its held-out text (see `prepare_blocks`): what was given there may not come
+    again.
+    """
     if not section.streaming:
         return None
     texts = Texts(corpus, tokenizer, section, cleaning)
@@ -121,7 +132,9 @@ def stream_of(
     origin = [_origin(texts), weights, rows, seed, [[s.start for s in g] for g in shards]]
     identity = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     work = _work(texts, _encoder(texts))
-    return Stream(work, shards, weights, section.block_size, rows, seed, identity)
+    known = (folder / GIVEN).read_text().split() if folder is not None else []
+    given = frozenset(map(bytes.fromhex, known))
+    return Stream(work, shards, weights, section.block_size, rows, seed, identity, given)
 
 
 def describe(folder: Path, section: DataSection) -> str:
@@ -164,14 +177,20 @@ def describe(folder: Path, section: DataSection) -> str:
 
 
 def show(folder: Path, tokenizer: PreTrainedTokenizerBase | FolderTokenizer, count: int) -> str:
-    """Return `count` training rows, spread evenly, as text with their documents set apart."""
-    rows, lines = RowFile.open(folder / "train.arrow"), []
+    """Return `count` rows, spread evenly, as text with their documents set apart.
+
+    They are training rows; of a stream, which has none yet, validation rows.
+    """
+    facts, lines = artifact.read_manifest(folder)["facts"], []
+    rows = RowFile.open(folder / f"{'train' if facts['train']['rows'] else 'validation'}.arrow")
     for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist():
-        documents = rows.documents_of(index)
+        documents, begins = rows.documents_of(index), rows.row(index)[1][:1].tolist() == [0]
         used = sum(len(document) for document in documents)
         filled = f", {rows.block_size - used} filled up" if used < rows.block_size else ""
         lines.append(f"--- row {index:,}: {len(documents)} document(s){filled}")
-        lines += [tokenizer.decode(document) for document in documents]
+        for number, document in enumerate(documents):
+            lines.append("[a document begins]" if number or begins else "[a document goes on]")
+            lines.append(tokenizer.decode(document))
     return "\n".join(lines)
 
 
@@ -224,6 +243,16 @@ def _encoder(texts: Texts) -> Encoder:
 def _help_along(
     texts: Texts, shards: Path, num_proc: int | None, rank: int, world_size: int
 ) -> None:
+    report, own = shards / f"failed-{rank}.txt", shards / f"_machine-{rank}"
+    own.mkdir(exist_ok=True)
+    with artifact.locked(own, "--machine_rank"):
+        report.unlink(missing_ok=True)
+        _make_shards_of(texts, shards, num_proc, rank, world_size, report)
+
+
+def _make_shards_of(
+    texts: Texts, shards: Path, num_proc: int | None, rank: int, world_size: int, report: Path
+) -> None:
     try:
         make_token_shards(
             texts.corpus, lambda: _work(texts, _encoder(texts)), shards,
@@ -231,9 +260,7 @@ def _help_along(
             world_size=world_size,
         )  # fmt: skip
     except InputError as error:
-        for _ in range(20):  # the first machine looks for it, but first removes old ones
-            (shards / f"failed-{rank}.txt").write_text(str(error))
-            time.sleep(0.1)
+        report.write_text(str(error))  # the first machine waits for these shards, and looks
         raise
 
 
@@ -245,12 +272,11 @@ def _prepare(
     num_proc: int | None,
     world_size: int,
 ) -> None:
-    for report in place.glob("failed-*.txt"):
-        report.unlink()
     shards = make_token_shards(
         texts.corpus, lambda: _work(texts, _encoder(texts)), place,
         tokenizer=made_from["tokenizer"], num_proc=num_proc, world_size=world_size,
     )  # fmt: skip
+    _warn_of_separators(texts, shards)
     with artifact.staged(folder, made_from) as (staging, facts):
         kept, found = _select(texts, shards)
         facts["encoder"] = ", ".join(sorted({shard.facts["encoder"] for shard in shards}))
@@ -269,15 +295,34 @@ def _prepare(
         _check_enough(facts, texts.section)
 
 
+def _warn_of_separators(texts: Texts, shards: list[TokenShard]) -> None:
+    """Say where a separator was found nowhere: lines may end otherwise than it says."""
+    for number, source in enumerate(texts.section.all_sources):
+        if source.separator is None:
+            continue
+        tables = [shard.table for shard in shards if shard.group == number]
+        if texts.corpus.hold_out == "tail":  # one head for each document
+            tables = [table[table["split"] == 0] for table in tables]
+        documents = sum(map(len, tables))
+        files = {s.files for s in texts.corpus.shards if s.source == number}
+        if documents <= len(files):
+            logger.info(
+                "data.separator %r stands in none of the %d file(s) of %s", source.separator,
+                len(files), texts.corpus.source_names()[number],
+            )  # fmt: skip
+
+
 def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> None:
     """Write the held-out rows of a stream, from the documents at its beginning."""
     section, end = texts.section, texts.tokenizer.eos_token_id
     encoder = _encoder(texts)
     is_open = encoder.open()
-    names = texts.corpus.source_names()
+    sources_read = texts.corpus.source_names()
+    given: dict[bytes, str] = {}
+    names: dict[str, list[str]] = {split: [] for split in SPLITS}
     found: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    sizes = {split: {"documents": 0, "bytes": 0, "names": []} for split in SPLITS}
-    read, sampled = [0] * len(names), [0] * len(names)
+    sizes = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
+    read, sampled = [0] * len(sources_read), [0] * len(sources_read)
     limit = section.held_out_from_bytes // len(section.all_sources)
     with (
         artifact.staged(folder, made_from) as (staging, facts),
@@ -286,28 +331,40 @@ def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> 
             unit_scale=True, delay=2, disable=None,
         ) as bar,
     ):  # fmt: skip
-        for shard in texts.corpus.shards:
-            group = texts.corpus.group_of(shard)
-            if shard.source >= 0 and read[group] >= limit:
+        # Text given for a held-out split comes first: no other may repeat it.
+        for shard in sorted(texts.corpus.shards, key=lambda shard: shard.source >= 0):
+            group, is_given = texts.corpus.group_of(shard), shard.source < 0
+            if not is_given and read[group] >= limit and sampled[group]:
                 continue
             for document in texts.corpus.reader.documents(shard):
-                text = document.text
+                text, digest = document.text, document.digest[:16]
                 size = len(text.encode())
                 read[group] += size
                 bar.update(size)
+                if not document.is_within(texts.cleaning):
+                    continue
                 split = document.split
+                if is_given and given.setdefault(digest, split) != split:
+                    raise InputError(
+                        f"{document.name}: the same document is in validation and in test; take "
+                        "it out of one"
+                    )
+                if not is_given and digest in given:
+                    raise _on_two_sides(document.name)
                 # Training text is only sampled, for the bytes that a token stands for.
                 if text and (split != "train" or sampled[group] < SAMPLED_BYTES):
                     if split == "train":
                         sampled[group] += size
+                    else:
+                        names[split].append(document.name)
                     found[split].append(np.append(is_open.encode([text])[0], np.uint32(end)))
                     sizes[split]["documents"] += 1
                     sizes[split]["bytes"] += size
-                    if split != "train":
-                        sizes[split]["names"].append(document.name)
-                if shard.source >= 0 and read[group] >= limit:
+                # What a token stands for has to be known, however long the first documents are.
+                if not is_given and read[group] >= limit and sampled[group]:
                     break
-        facts |= {"encoder": encoder.name, "sources": [{"name": name} for name in names]}
+        (staging / GIVEN).write_text("\n".join(digest.hex() for digest in given))
+        facts |= {"encoder": encoder.name, "sources": [{"name": name} for name in sources_read]}
         lengths = token_bytes(texts.tokenizer)
         for split in SPLITS:
             ids = np.concatenate([*found[split], np.empty(0, np.uint32)])
@@ -315,6 +372,7 @@ def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> 
             starts = np.cumsum(counts) - counts
             firsts = lengths[ids[starts]]
             dtype = np.dtype(_dtype(texts))
+            _write_names(staging, split, names[split])
             path = staging / f"{split}.arrow"
             writer = RowWriter(path, block_size=section.block_size, dtype=dtype)
             if split != "train":
@@ -342,12 +400,7 @@ def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[di
             cleaning.held_out_copies(shards, len(texts.section.all_sources))
         ):
             if copies.any() and rules.decontaminate is None:
-                name = shards[number].names(np.flatnonzero(copies)[:1])[0]
-                raise InputError(
-                    f"{name}: this training document is also held-out text (data.validation_files "
-                    "or such), whose number would be worth nothing; take it out of one side, or "
-                    "set --cleaning.decontaminate drop"
-                )
+                raise _on_two_sides(shards[number].names(np.flatnonzero(copies)[:1])[0])
             keep[number] &= ~copies
             counts[shards[number].group]["dropped"] += int(copies.sum())
     if rules.deduplicate:
@@ -356,9 +409,14 @@ def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[di
             counts[shard.group]["copies"] += int((before & ~after).sum())
         keep = left
     none = np.empty((0, 2), np.int64)
-    if rules.decontaminate is None:
+    if rules.decontaminate in (None, "copies"):
         return [Kept(k, none, 0) for k in keep], counts
     n_grams = cleaning.NGrams(_forbidden(texts, shards, keep))
+    if n_grams.too_short:
+        logger.info(
+            "%s held-out or benchmark documents are shorter than %d tokens: what shares them stays",
+            f"{n_grams.too_short:,}", cleaning.N_GRAM,
+        )  # fmt: skip
     kept = []
     with tqdm(desc="comparing", total=len(shards), unit="shard", delay=2, disable=None) as bar:
         for shard, mask in zip(shards, keep, strict=True):
@@ -369,6 +427,14 @@ def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[di
             counts[shard.group]["cut" if is_cut else "dropped"] += kept[-1].contaminated
             bar.update()
     return kept, counts
+
+
+def _on_two_sides(name: str) -> InputError:
+    return InputError(
+        f"{name}: this training document is also held-out text (data.validation_files or such), "
+        "whose number would be worth nothing; take it out of one side, or set "
+        "--cleaning.decontaminate copies"
+    )
 
 
 def _forbidden(
@@ -385,11 +451,13 @@ def _forbidden(
         files = sources.find_files(source)
         for shard in sources.shards_of(0, source, files, total_bytes=0):
             for document in sources.read_shard(shard, source):
+                parts = [np.empty(0, np.uint32)]
                 for window in sources.safe_windows(document.read(), document.name):
                     if texts.cleaning.normalization is not None:
                         window = unicodedata.normalize(texts.cleaning.normalization, window)
-                    ids = encoder.encode([window])[0]
-                    yield np.append(ids, texts.tokenizer.eos_token_id), np.array([len(ids) + 1])
+                    parts += encoder.encode([window])
+                ids = np.append(np.concatenate(parts), np.uint32(texts.tokenizer.eos_token_id))
+                yield ids, np.array([len(ids)])
 
 
 def _benchmarks(texts: Texts) -> SourceSection | None:
@@ -467,13 +535,16 @@ def _write_split(
 ) -> None:
     section, end = texts.section, texts.tokenizer.eos_token_id
     lengths = token_bytes(texts.tokenizer)
-    counts: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "names": []}
+    counts: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0}
     # What has no context: the first token of the stream, or those of all documents.
     counts |= {"first_token_bytes": 0, "first_tokens_bytes": 0}
     dtype = np.dtype(_dtype(texts))
     writer = RowWriter(staging / f"{split}.arrow", block_size=section.block_size, dtype=dtype)
 
     cut = 0  # documents longer than a row
+    is_tail = texts.corpus.hold_out == "tail"
+    if split != "train":
+        _write_names(staging, split, [])
 
     def stream(group: int | None) -> Iterator[packing.Chunk]:
         nonlocal cut
@@ -483,7 +554,7 @@ def _write_split(
             if split != "train":
                 mask = kept.documents & (shard.table["split"] == SPLITS.index(split))
                 if mask.any():
-                    counts["names"] += shard.names(np.flatnonzero(mask))
+                    _write_names(staging, split, shard.names(np.flatnonzero(mask)))
             source = facts["sources"][shard.group]
             step = max(1, cleaning.TOKENS_AT_ONCE // section.block_size) * section.block_size
             for chunk in itertools.chain.from_iterable(
@@ -493,7 +564,9 @@ def _write_split(
                 if not counts["tokens"]:
                     counts["first_token_bytes"] = int(first_bytes[0])
                 for where in (counts, source):
-                    where["documents"] += len(chunk.starts)
+                    # Of a document whose end is held out its head counts, once.
+                    if where is counts or split == "train" or not is_tail:
+                        where["documents"] += len(chunk.starts)
                     where["bytes"] += chunk.bytes
                     where["tokens"] += len(chunk.ids)
                 counts["first_tokens_bytes"] += int(first_bytes.sum())
@@ -527,6 +600,12 @@ def _write_split(
         else:
             counts["truncation"] = cut / max(1, counts["documents"])
     facts[split] = counts
+
+
+def _write_names(folder: Path, split: str, names: list[str]) -> None:
+    """Put on record which documents are held out."""
+    with (folder / f"{split}_documents.jsonl").open("a") as file:
+        file.writelines(json.dumps(name) + "\n" for name in names)
 
 
 def _packed(

@@ -110,7 +110,7 @@ class Recipe(Section):
                     f"cleaning.{name} has to see all documents first; it cannot be had with "
                     "data.streaming"
                 )
-        if not self.training.get("max_steps"):
+        if self.training.get("max_steps") in (None, -1, "-1"):  # the library's "not given"
             raise ValueError("data.streaming needs training.max_steps: a stream has no end")
         sources = self.data.all_sources
         if len(sources) > 1 and not self.data.is_weighted:

@@ -170,7 +170,11 @@ def _made_from(recipe: Recipe, metrics: dict[str, Any]) -> str:
 
 def _source(recipe: Recipe) -> str:
     """Name the text; of a file only its name, for the card is meant to be published."""
-    return ", ".join(Path(f).name for f in recipe.data.files or []) or recipe.data.dataset
+    names = []
+    for source in recipe.data.all_sources:
+        files = ", ".join(Path(file).name for file in source.files or [])
+        names.append(source.name or files or source.dataset)
+    return ", ".join(names)
 
 
 def _card_rows(metrics: dict[str, Any]) -> str:

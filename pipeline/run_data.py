@@ -42,6 +42,7 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
         section,
         corpus,
         tokenizer,
+        folder=folder,
         cleaning=recipe.cleaning,
         rows_per_update=rows_per_update,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,

@@ -52,9 +52,7 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
             files; or `--resume` names nothing to resume.
     """
     folder = recipe.output_dir
-    _check_writable(folder)
-    locked = artifact.locked(folder, "--training.output_dir")
-    with locked if is_main_process else contextlib.nullcontext():
+    with artifact.held(folder, is_main_process=is_main_process):
         # While the main process sets a run aside, the others must not look at it.
         state = _claim(recipe, options) if is_main_process or not options.overwrite else "new"
         if state == "finished":
@@ -167,18 +165,6 @@ def _move(paths: list[Path], target: Path) -> None:
         if (target / path.name).is_dir():  # left there by a process that was killed
             shutil.rmtree(target / path.name)
         os.replace(path, target / path.name)
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / f"_probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --training.output_dir"
-        ) from None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

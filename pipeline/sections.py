@@ -240,9 +240,9 @@ class CleaningSection(Section):
 
     deduplicate: bool = False
     """Keep only the first of documents with the same text."""
-    decontaminate: Literal["drop", "cut"] | None = None
-    """Training documents that share 13 tokens in a row with held-out text or a benchmark: drop
-    them, or cut those tokens out."""
+    decontaminate: Literal["copies", "drop", "cut"] | None = None
+    """Training documents that are also held-out text: drop these copies; or drop all that share 13
+    tokens in a row with held-out text or a benchmark, or cut those tokens out."""
     benchmark_files: list[str] = Field(default_factory=list)
     """Files to keep out of the training text besides the held-out text (for decontaminate)."""
     shortest: int = Field(1, ge=1)
@@ -259,7 +259,7 @@ class CleaningSection(Section):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "CleaningSection":
-        if self.benchmark_files and self.decontaminate is None:
+        if self.benchmark_files and self.decontaminate in (None, "copies"):
             raise ValueError("cleaning.benchmark_files needs cleaning.decontaminate: drop or cut")
         if self.longest is not None and self.longest < self.shortest:
             raise ValueError("cleaning.longest is below cleaning.shortest: no document is both")

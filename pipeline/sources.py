@@ -12,6 +12,7 @@ import csv
 import functools
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -125,7 +126,7 @@ def shards_of(
         together, together_size = [], 0
 
     for name, path in files:
-        kind, length = _kind(path, source), path.stat().st_size
+        kind, length = kind_of(path, source), path.stat().st_size
         if kind == "text":
             together.append((name, str(path)))
             together_size += length
@@ -179,20 +180,20 @@ def safe_windows(windows: Iterator[str], name: str) -> Iterator[str]:
     Raises:
         InputError: so many characters on end without white space after something else.
     """
-    rest = ""
+    rest, begin = "", 0
     for window in windows:
-        rest += window
-        while len(rest) > WINDOW:
-            cut = _last_boundary(rest[:WINDOW])
+        rest, begin = rest[begin:] + window, 0
+        while len(rest) - begin > WINDOW:
+            cut = _last_boundary(rest[begin : begin + WINDOW])
             if cut is None:
                 raise InputError(
                     f"{name}: no word ends in {WINDOW:,} characters on end: this is not text that "
                     "a tokenizer can cut into words; leave the file out"
                 )
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
+            yield rest[begin : begin + cut]
+            begin += cut
+    if begin < len(rest):
+        yield rest[begin:]
 
 
 def _last_boundary(text: str) -> int | None:
@@ -223,7 +224,7 @@ def load_hub(source: SourceSection, *, streaming: bool = False) -> Any:
             source.dataset,
             source.dataset_config,
             split=source.dataset_split,
-            revision=source.dataset_revision,
+            revision=_commit(source) if streaming else source.dataset_revision,
             streaming=streaming,
         )
         names = data.column_names or list(next(iter(data), {}))
@@ -231,6 +232,33 @@ def load_hub(source: SourceSection, *, streaming: bool = False) -> Any:
         raise not_loaded(f"data.dataset {source.dataset}", "data set", error) from None
     _has_column(source.dataset, names, source)
     return data
+
+
+def streamed_identity(source: SourceSection) -> str:
+    """Return what decides the text of a streamed data set: its commit, or a folder's files."""
+    place = Path(source.dataset)
+    found: list[Any] = [source.dataset, source.dataset_config, source.dataset_split]
+    if place.is_dir():
+        for path in _below(place, set()):
+            stat = os.stat(path)
+            found.append([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    else:
+        found.append(_commit(source))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _commit(source: SourceSection) -> str | None:
+    """Return the commit that a data set's revision is now: resumed, the text must be the same."""
+    if Path(source.dataset).is_dir():
+        return source.dataset_revision
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        return api.dataset_info(source.dataset, revision=source.dataset_revision).sha
+    except Exception as error:  # network, name, permission
+        raise not_loaded(f"data.dataset {source.dataset}", "data set", error) from None
 
 
 def read_text(path: Path, *, errors: str = "strict") -> str:
@@ -301,7 +329,8 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def _kind(path: Path, source: SourceSection) -> str:
+def kind_of(path: Path, source: SourceSection) -> str:
+    """Return how a file is read: text, separated, jsonl, csv or parquet."""
     suffix = _suffix(path)
     if suffix in KINDS[1:]:
         return suffix[1:]

@@ -11,9 +11,12 @@ is the n-th follows from the recipe and the text alone, whoever reads it, resume
 import contextlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,20 +24,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from pipeline import packing
 from pipeline.corpus import Document
-from pipeline.recipe import InputError
+from pipeline.recipe import InputError, first_line
 from pipeline.row_file import RowFile, RowWriter
 from pipeline.row_order import permuted
 from pipeline.sources import Shard
 from pipeline.token_shards import Work, end_with
 
+logger = logging.getLogger(__name__)
+
 TOKENS_PER_SEGMENT = 1 << 22  # shuffled together: 4,096 rows of 1,024, 8 MB
 SEGMENTS_AHEAD = 2
 CHARACTERS_AT_ONCE = 1 << 18
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 SECONDS_BETWEEN_LOOKS = 0.02
-BOOKMARKS, FAILED, WANTED = "bookmarks.jsonl", "failed.txt", "wanted"
+BOOKMARKS, FAILED, WANTED, PRODUCER = "bookmarks.jsonl", "failed.txt", "wanted", "producer"
 
 
 class Stream(NamedTuple):
@@ -48,14 +55,19 @@ class Stream(NamedTuple):
     rows_per_segment: int
     seed: int
     identity: str
+    held_out: frozenset[bytes] = frozenset()
+    """First 16 bytes of the sha256 of documents that were given as held-out text."""
 
-    def rows_of(self, source: int) -> int:
-        """Return how many rows of a segment a source gives: the largest remainders round up."""
-        exact = np.array(self.weights) / sum(self.weights) * self.rows_per_segment
-        rows = np.floor(exact).astype(int)
-        missing = self.rows_per_segment - int(rows.sum())
-        rows[np.argsort(rows - exact, kind="stable")[:missing]] += 1
-        return int(rows[source])
+    def rows_of(self, segment: int) -> list[int]:
+        """Return how many rows of a segment each source gives.
+
+        Row n comes from the source in whose share of [0, 1) the fraction of n golden ratios lies:
+        over any number of rows the shares are those of the weights, as evenly as can be.
+        """
+        places = np.arange(self.rows_per_segment) + segment * self.rows_per_segment
+        shares = np.cumsum(self.weights) / sum(self.weights)
+        source = np.searchsorted(shares[:-1], places * GOLDEN_RATIO % 1, side="right")
+        return np.bincount(source, minlength=len(self.weights)).tolist()
 
 
 class Ring:
@@ -75,8 +87,7 @@ class Ring:
         """Return ids [block_size], columns in which documents begin, and how many ids are text.
 
         Raises:
-            InputError: the producer found text that it cannot read.
-            RuntimeError: the producer is gone.
+            InputError: the producer found text that it cannot read, or is gone.
         """
         segment, place = divmod(index, self._rows_per_segment)
         rows, order = self._segment(segment)
@@ -97,9 +108,7 @@ class Ring:
         return self._open[number]
 
     def _ask_for(self, number: int) -> None:
-        staging = self._folder / f"_{WANTED}-{os.getpid()}"
-        staging.write_text(str(number))
-        os.replace(staging, self._folder / WANTED)
+        _write_whole(self._folder, WANTED, str(number))
 
 
 @contextlib.contextmanager
@@ -123,15 +132,28 @@ def producing(stream: Stream | None, folder: Path, *, is_main_process: bool) -> 
         target=_produce, args=(stream, folder, os.getpid()), daemon=True
     )
     process.start()
-    (folder / "producer").write_text(str(process.pid))
+    _write_whole(folder, PRODUCER, json.dumps([socket.gethostname(), process.pid]))
     try:
         yield
+    except Exception:
+        # What a worker of a DataLoader raised comes back with a traceback in its message.
+        _check_failed(folder)
+        raise
     finally:
         process.terminate()
         process.join()
+        _say_passes(folder, stream)
         for path in folder.iterdir():
             if path.name != BOOKMARKS:
-                path.unlink()
+                path.unlink(missing_ok=True)
+
+
+def _say_passes(folder: Path, stream: Stream) -> None:
+    """Say which sources were read more than once."""
+    kept = _read_bookmarks(folder, stream.identity) or {}
+    for number, mark in enumerate(kept[max(kept)] if kept else []):
+        if mark["pass"]:
+            logger.info("source %d of the stream ran out and was begun again", number + 1)
 
 
 class _Source:
@@ -234,16 +256,22 @@ class _Source:
             number, shard = number + 1, 0
 
     def _is_wanted(self, document: Document) -> bool:
-        rules = self._stream.work.reader.cleaning
-        length = sum(len(window) for window in document.read())
-        if length < rules.shortest or rules.longest is not None and length > rules.longest:
+        if not document.is_within(self._stream.work.reader.cleaning):
             return False
+        if self._stream.held_out and document.digest[:16] in self._stream.held_out:
+            raise InputError(
+                f"{document.name}: this document of the stream is also held-out text "
+                "(data.validation_files or such), whose number would be worth nothing; take it "
+                "out of one side"
+            )
         return document.split == "train"
 
 
 def _produce(stream: Stream, folder: Path, parent: int) -> None:
     """Write the segments that are wanted; end with the parent, however it ends."""
     end_with(parent)
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
     try:
         # Of an update that spans two segments the second may be asked for first.
         first = max(0, _wanted(folder) - 1)
@@ -251,7 +279,8 @@ def _produce(stream: Stream, folder: Path, parent: int) -> None:
         made = [_Source(stream, n, mark) for n, mark in enumerate(bookmark)]
         for segment in itertools.count(begin):
             _keep_bookmark(folder, stream, segment, [source.bookmark() for source in made])
-            rows = [source.take(stream.rows_of(n)) for n, source in enumerate(made)]
+            counts = stream.rows_of(segment)
+            rows = [source.take(count) for source, count in zip(made, counts, strict=True)]
             if segment < first:
                 continue
             _write(folder, stream, segment, rows)
@@ -260,13 +289,22 @@ def _produce(stream: Stream, folder: Path, parent: int) -> None:
             _remove_used(folder, _wanted(folder))
     except InputError as error:
         _report(folder, str(error))
-    except OSError as error:
-        _report(folder, f"{folder}: cannot be written ({os.strerror(error.errno or 0)})")
+    except Exception as error:  # a full disk, the network: whoever waits for rows must hear of it
+        _report(
+            folder,
+            f"the stream stopped ({type(error).__name__}: {first_line(error)}); see to that and "
+            "start the same command again, it goes on at the same token",
+        )
 
 
 def _report(folder: Path, sentence: str) -> None:
-    (folder / f"_{FAILED}").write_text(sentence)
-    os.replace(folder / f"_{FAILED}", folder / FAILED)
+    _write_whole(folder, FAILED, sentence)
+
+
+def _write_whole(folder: Path, name: str, text: str) -> None:
+    staging = folder / f"_{name}-{os.getpid()}"
+    staging.write_text(text)
+    os.replace(staging, folder / name)
 
 
 def _wanted(folder: Path) -> int:
@@ -305,7 +343,10 @@ def _nearest(folder: Path, stream: Stream, number: int) -> tuple[int, list[dict[
 
 def _keep_bookmark(folder: Path, stream: Stream, segment: int, marks: list[dict]) -> None:
     kept = _read_bookmarks(folder, stream.identity)
-    with (folder / BOOKMARKS).open("a") as file:
+    with (folder / BOOKMARKS).open("a+") as file:
+        file.seek(0)
+        if not file.read().endswith("\n") and file.tell():  # the last line was cut off
+            file.write("\n")
         if kept is None:
             file.write(json.dumps({"stream": stream.identity}) + "\n")
         if kept is None or segment not in kept:
@@ -323,6 +364,8 @@ def _read_bookmarks(folder: Path, identity: str) -> dict[int, list[dict[str, int
         try:
             entry: dict[str, Any] = json.loads(line)
         except ValueError:  # cut off when the process was killed
+            if number == 0:  # nobody knows whose they are
+                return None
             continue
         if number == 0:
             if entry.get("stream") != identity:
@@ -333,13 +376,33 @@ def _read_bookmarks(folder: Path, identity: str) -> dict[int, list[dict[str, int
 
 
 def _check_producer(folder: Path) -> None:
+    """Raise InputError if the producer stopped, with what it said or that it is gone."""
+    is_gone = _is_gone(folder)  # looked at first: the producer's last act may be to say why
+    _check_failed(folder)
+    if is_gone:
+        raise InputError(
+            "the process that encodes the stream is gone (killed, or out of memory); start the "
+            "same command again, it goes on at the same token"
+        )
+
+
+def _check_failed(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         raise InputError((folder / FAILED).read_text())
-    with contextlib.suppress(FileNotFoundError, ValueError, PermissionError):
-        try:
-            os.kill(int((folder / "producer").read_text()), 0)
-        except ProcessLookupError:
-            raise RuntimeError("the process that encodes the stream is gone") from None
+
+
+def _is_gone(folder: Path) -> bool:
+    """Tell whether the producer ended; on another machine the main process there sees it."""
+    try:
+        host, pid = json.loads((folder / PRODUCER).read_text())
+        # Killed, it is a zombie until its parent asks for it.
+        return host == socket.gethostname() and (
+            psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        )
+    except psutil.NoSuchProcess:
+        return True
+    except (FileNotFoundError, psutil.AccessDenied):
+        return False
 
 
 def _name(segment: int) -> str:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -64,7 +65,7 @@ class TokenShard(NamedTuple):
     @property
     def table(self) -> np.ndarray:
         """One line of `TABLE` for each document."""
-        return np.load(self.folder / "documents.npy")
+        return np.fromfile(self.folder / "documents.bin", TABLE)
 
     def tokens(self, dtype: str) -> np.ndarray:
         """All ids, memory-mapped."""
@@ -131,13 +132,13 @@ def make_token_shard(place: Path, made_from: dict, shard: Shard, work: Work, rep
         InputError: see `make_token_shards`.
     """
     counts = {"empty": 0, "short": 0, "long": 0}
-    rows: list[tuple] = []
     with artifact.staged(place, made_from) as (staging, facts):
         with (
             (staging / "tokens.bin").open("wb") as tokens,
+            (staging / "documents.bin").open("wb") as table,
             (staging / "names.jsonl").open("w") as names,
         ):
-            batch = _Batch(_opened(work.encoder), work, tokens, rows)
+            batch = _Batch(_opened(work.encoder), work, tokens, table)
             for document in work.reader.documents(shard):
                 windows = _limited(document, work.reader.cleaning, counts)
                 if windows is None:
@@ -145,7 +146,6 @@ def make_token_shard(place: Path, made_from: dict, shard: Shard, work: Work, rep
                 batch.add(document, windows, report)
                 names.write(json.dumps(document.name) + "\n")
             batch.flush()
-        np.save(staging / "documents.npy", np.array(rows, TABLE))
         facts |= counts | {"encoder": work.encoder.name}
 
 
@@ -163,8 +163,9 @@ def end_with(parent: int) -> None:
 class _Batch:
     """Collects windows of documents and writes their ids when there are enough."""
 
-    def __init__(self, encoder: OpenEncoder, work: Work, file: Any, rows: list[tuple]) -> None:
-        self._encoder, self._work, self._file, self._rows = encoder, work, file, rows
+    def __init__(self, encoder: OpenEncoder, work: Work, tokens: Any, table: Any) -> None:
+        self._encoder, self._work, self._tokens, self._table = encoder, work, tokens, table
+        self._rows: list[tuple] = []
         self._texts: list[str] = []
         self._ends: list[bool] = []  # whether the document ends with that window
         self._characters = 0
@@ -207,7 +208,9 @@ class _Batch:
                 self._finish(*next(finished))
         flat = np.concatenate(parts)
         assert flat.max() <= np.iinfo(self._work.dtype).max  # astype would wrap around
-        self._file.write(flat.astype(self._work.dtype).data)
+        self._tokens.write(flat.astype(self._work.dtype).data)
+        self._table.write(np.array(self._rows, TABLE).tobytes())
+        self._rows = []
         self._texts, self._ends, self._documents, self._characters = [], [], [], 0
 
     def _finish(self, document: Document, digest: Any, size: int) -> None:
@@ -281,7 +284,7 @@ def _make_all(to_do: list, choose_work: Callable[[], Work], bar: tqdm, processes
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool,
+            ProcessPoolExecutor(processes, context, _start_worker, (counter, os.getpid())) as pool,
         ):
             waiting: list[Future] = [pool.submit(os.getpid) for _ in range(processes)]
             # Through a file: a large vocabulary in a pipe makes each start wait for the last.
@@ -317,10 +320,11 @@ def _make_all(to_do: list, choose_work: Callable[[], Work], bar: tqdm, processes
 _counter: Any = None
 
 
-def _start_worker(counter: Any) -> None:
+def _start_worker(counter: Any, parent: int) -> None:
     global _counter
     _counter = counter
-    end_with(os.getppid())
+    end_with(parent)  # its id as it says itself: it may be gone by now
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
 
 
 def _work_on(file: Path, place: Path, made_from: dict, shard: Shard) -> None:
@@ -358,7 +362,7 @@ def _wait_for_others(specs: list, folder: Path) -> None:
     missing = [spec[:2] for spec in specs if not is_there(*spec[:2])]
     with tqdm(desc="other machines' shards", total=len(missing), delay=2, disable=None) as bar:
         while missing:
-            for report in folder.glob("failed-*.txt"):
+            for report in folder.glob("failed-*.txt"):  # each removes its own old one at its start
                 raise InputError(f"another machine stopped: {report.read_text()}")
             time.sleep(SECONDS_BETWEEN_LOOKS)
             left = [spec for spec in missing if not is_there(*spec)]

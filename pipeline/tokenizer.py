@@ -6,8 +6,10 @@ takes less time than that.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -73,11 +75,13 @@ def obtain_tokenizer(
     *,
     model: str | None = None,
     for_text_only: bool = False,
+    is_awaited: bool = False,
 ) -> PreTrainedTokenizerBase | FolderTokenizer:
     """Return the recipe's tokenizer: loaded, found in `folder`, or trained and kept there.
 
     `model` is the pretrained model to go on from, if any: its tokenizer is the default. With
-    `for_text_only` it is opened without transformers where that is possible.
+    `for_text_only` it is opened without transformers where that is possible. Where it `is_awaited`
+    by other machines (`await_tokenizer`), they are told of a failure.
 
     Raises:
         InputError: see `train_tokenizer` and `load_tokenizer`, or the folder holds another one.
@@ -97,17 +101,36 @@ def obtain_tokenizer(
         "corpus": corpus.identity,
     }
     if not artifact.reusable(folder, made_from):
-        with artifact.staged(folder, made_from) as (staging, _):
-            sample = training_sample(corpus, section)
-            tokenizer = train_tokenizer(sample, vocab_size=section.vocab_size)
-            tokenizer.save_pretrained(staging)
+        failed = folder.with_name(f"_failed-{folder.name}.txt")
+        with contextlib.suppress(OSError):
+            failed.unlink(missing_ok=True)
+        try:
+            with artifact.staged(folder, made_from) as (staging, _):
+                sample = training_sample(corpus, section)
+                first = next(sample, None)
+                if first is None:
+                    raise InputError("there is no training text: every document is empty")
+                sample = itertools.chain([first], sample)
+                tokenizer = train_tokenizer(sample, vocab_size=section.vocab_size)
+                tokenizer.save_pretrained(staging)
+        except InputError as error:
+            if is_awaited:
+                failed.write_text(str(error))
+            raise
         logger.info("tokenizer: %s entries trained, in %s", f"{len(tokenizer):,}", folder)
     return load(str(folder))
 
 
 def await_tokenizer(section: TokenizerSection, folder: Path, *, rank: int) -> None:
-    """On all machines but the first: wait until that one has trained the tokenizer."""
+    """On all machines but the first: wait until that one has trained the tokenizer.
+
+    Raises:
+        InputError: it could not.
+    """
     while rank and section.vocab_size is not None and artifact.read_manifest(folder) is None:
+        with contextlib.suppress(FileNotFoundError):
+            said = folder.with_name(f"_failed-{folder.name}.txt").read_text()
+            raise InputError(f"the first machine stopped: {said}")
         time.sleep(0.2)
 
 

@@ -14,14 +14,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, TokenizerOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help or a misspelt key should not.
+    from pipeline.artifact import held
     from pipeline.corpus import Corpus
     from pipeline.tokenizer import compare, load_tokenizer, obtain_tokenizer
 
     others = {options.compare: load_tokenizer(options.compare)} if options.compare else {}
-    corpus = Corpus(recipe.data, recipe.cleaning, digests=recipe.digests_path)
-    tokenizer = obtain_tokenizer(
-        recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
-    )
+    with held(recipe.output_dir):
+        corpus = Corpus(recipe.data, recipe.cleaning, digests=recipe.digests_path)
+        tokenizer = obtain_tokenizer(
+            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
+        )
     sys.stdout.write(f"tokenizer of {len(tokenizer):,} entries: {tokenizer.name_or_path}\n")
     sys.stdout.write(compare(corpus, {"this one": tokenizer, **others}) + "\n")
 

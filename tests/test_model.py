@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -14,6 +15,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.model import build_model, check_model, load_model, parameter_count
 from pipeline.recipe import InputError, ModelSection
@@ -321,6 +323,62 @@ def test_an_unknown_attention_is_refused(tokenizer):
 
 
 # -- loading a finished one -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_mask():
+    """An attention that is registered without a mask function, as a fast causal kernel would be."""
+    AttentionInterface.register("sdpa_causal_test", sdpa_attention_forward)
+    return "sdpa_causal_test"
+
+
+def test_an_attention_that_lets_documents_see_each_other_is_refused(tokenizer, without_mask):
+    """It would drop the boundaries without a word."""
+    section = ModelSection(config=TINY, attn_implementation=without_mask)
+    build_model(section, tokenizer, block_size=16, seed=0)  # with one document in sight it may do
+    with pytest.raises(InputError) as caught:
+        build_model(section, tokenizer, block_size=16, seed=0, attend_across=False)
+    assert str(caught.value) == (
+        "model.attn_implementation: sdpa_causal_test has no mask and would let documents see each "
+        "other; with data.attend_across false take eager or sdpa"
+    )
+
+
+def test_an_attention_is_looked_at_for_a_pretrained_model_too(saved, tokenizer, without_mask):
+    section = ModelSection(pretrained=saved, attn_implementation=without_mask)
+    with pytest.raises(InputError, match="sdpa_causal_test has no mask"):
+        build_model(section, tokenizer, block_size=16, seed=0, attend_across=False)
+
+
+@pytest.mark.parametrize("name", [None, "eager", "sdpa"])
+def test_attention_within_documents_gives_the_logits_of_each_by_itself(tokenizer, name):
+    section = ModelSection(config=TINY, attn_implementation=name)
+    model = build_model(section, tokenizer, block_size=16, seed=0, attend_across=False)
+    model = model.double().eval()
+    lengths = [5, 1, 7, 3]
+    ids = torch.randint(0, len(tokenizer), (1, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        found = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+        across = model(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, torch.cat(alone, 1), rtol=0, atol=1e-12)
+    assert not torch.allclose(found, across, rtol=0, atol=1e-6)
+
+
+def test_the_config_says_whether_documents_see_each_other(tokenizer, tmp_path):
+    """Whoever measures the model reads it there; a stock config is not added to."""
+    section = ModelSection(config=TINY)
+    stock = build_model(section, tokenizer, block_size=16, seed=0)
+    assert not hasattr(stock.config, "attend_across")
+    apart = build_model(section, tokenizer, block_size=16, seed=0, attend_across=False)
+    apart.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config.attend_across is False
+    # Trained on with documents in sight, it says that.
+    section = ModelSection(pretrained=str(tmp_path))
+    for attend_across in (True, False):
+        model = build_model(section, tokenizer, block_size=16, seed=0, attend_across=attend_across)
+        assert model.config.attend_across is attend_across
 
 
 def test_load_model_reads_what_was_saved(saved, tiny_model):

@@ -75,13 +75,22 @@ def refusal(wanted, tokenizer, folder, rules=None, **options):
     return message
 
 
+FILES = {*(f"{split}.arrow" for split in SPLITS)} | {
+    f"{split}_documents.jsonl" for split in SPLITS[1:]
+}
+
+
+def held_out_names(folder, split):
+    return [json.loads(line) for line in (folder / f"{split}_documents.jsonl").open()]
+
+
 def facts_of(folder):
     return artifact.read_manifest(folder)["facts"]
 
 
 def digests_of(folder):
     files = artifact.read_manifest(folder)["files"]
-    assert set(files) == {f"{split}.arrow" for split in SPLITS}
+    assert set(files) == FILES
     return {name: entry["sha256"] for name, entry in files.items()}
 
 
@@ -196,7 +205,8 @@ def test_whole_documents_go_to_the_split_of_their_hash(tmp_path, tokenizer, corp
         assert splits[split].tokens == len(stream)
         assert facts[split]["documents"] == len(members)
         # Which documents are held out is on record; listing the others would be the corpus.
-        assert facts[split]["names"] == ([] if split == "train" else [d.name for d in members])
+        if split != "train":
+            assert held_out_names(tmp_path / "blocks", split) == [d.name for d in members]
         if split == "train":
             found = whole(splits[split])
             assert sum(found, []) == stream[: len(found) * BLOCK]
@@ -270,7 +280,7 @@ def test_two_bytes_a_token_on_disk(texts, tokenizer, tmp_path):
     assert ids > 50_000
     assert 2 <= (tmp_path / "b" / "train.arrow").stat().st_size / ids < 2.05
     kept = {path.name for path in (tmp_path / "b").iterdir()}
-    assert kept == {"manifest.json", *(f"{split}.arrow" for split in SPLITS)}
+    assert kept == {"manifest.json", *FILES}
     assert {path.name for path in tmp_path.iterdir()} == {"b", "long.txt"}  # the shards are gone
 
 
@@ -303,7 +313,7 @@ def test_a_held_out_document_is_on_record_by_any_name(tmp_path, tokenizer):
     for name, text in zip(names, make_texts(len(names)), strict=True):
         (folder / f"{name}.txt").write_text(text)
     prepare(section(folder), tokenizer, tmp_path / "blocks")
-    found = facts_of(tmp_path / "blocks")["validation"]["names"]
+    found = held_out_names(tmp_path / "blocks", "validation")
     assert found == [f"{folder}/{name}.txt" for name in sorted(names)]
 
 
@@ -653,12 +663,12 @@ def test_a_training_document_that_is_also_a_validation_file_is_named(tmp_path, t
     values = {"validation_files": [str(tmp_path / "held.txt"), str(tmp_path / "other.txt")]}
     wanted = roomy(folder, test_fraction=0.0, **values)
     message = refusal(wanted, tokenizer, tmp_path / "blocks")
-    assert message.startswith(f"{folder}/017.txt: ") and "--cleaning.decontaminate drop" in message
-    rows = prepare(wanted, tokenizer, tmp_path / "blocks", {"decontaminate": "drop"})
+    assert message.startswith(f"{folder}/017.txt: ") and "decontaminate copies" in message
+    rows = prepare(wanted, tokenizer, tmp_path / "blocks", {"decontaminate": "copies"})
     held_out = [(tmp_path / name).read_text() for name in ("held.txt", "other.txt")]
     assert held_out_text(rows["validation"]) == stream_of(held_out, tokenizer)
     facts = facts_of(tmp_path / "blocks")
-    assert facts["validation"]["names"] == values["validation_files"]
+    assert held_out_names(tmp_path / "blocks", "validation") == values["validation_files"]
     assert facts["sources"][0]["dropped"] == 30 - facts["train"]["documents"] >= 1
     assert [source["documents"] for source in facts["sources"]][1:] == [2]
     assert encoded(held_out, tokenizer)[0] not in whole_documents(tmp_path / "blocks")
@@ -863,7 +873,9 @@ def test_rows_shown_have_their_documents_apart(tmp_path, tokenizer, packing):
     assert [shown[n].split()[2] for n in heads] == [f"{n}:" for n in range(len(rows))]
     lines, trained = [], split_texts(wanted)["train"]
     for head_at, following in itertools.pairwise([*heads, len(shown)]):
-        documents = shown[head_at + 1 : following]
+        marks, documents = shown[head_at + 1 : following : 2], shown[head_at + 2 : following : 2]
+        assert set(marks[1:]) <= {"[a document begins]"}
+        assert marks[0] in ("[a document begins]", "[a document goes on]")
         assert f": {len(documents)} document(s)" in shown[head_at]
         filled = re.search(r", (\d+) filled up", shown[head_at])
         text = "".join(documents)
@@ -1039,3 +1051,59 @@ def test_documents_that_are_all_empty_are_no_text(tmp_path, tokenizer, packing):
     rules = {"deduplicate": True, "decontaminate": "cut"}
     message = refusal(wanted, tokenizer, tmp_path / "blocks", rules)
     assert "the training text has 0 tokens" in message
+
+
+def test_the_same_bytes_in_a_file_of_another_kind_are_another_text(tmp_path, texts, tokenizer):
+    rows = write_rows(tmp_path / "k.jsonl", texts)
+    (tmp_path / "k.txt").write_bytes(rows.read_bytes())
+    prepare(section(tmp_path / "k.txt"), tokenizer, tmp_path / "blocks")
+    with pytest.raises(InputError, match="was made by another recipe"):
+        prepare(section(rows), tokenizer, tmp_path / "blocks")
+
+
+def test_a_changed_mixture_is_said_again(tmp_path, texts, tokenizer, caplog):
+    caplog.set_level("INFO")
+    write_rows(tmp_path / "a.jsonl", texts[:30])
+    write_rows(tmp_path / "b.jsonl", texts[30:])
+
+    def mixed(weight, **values):
+        sources = [
+            {"files": [str(tmp_path / "a.jsonl")], "weight": weight, "name": "a"},
+            {"files": [str(tmp_path / "b.jsonl")], "weight": 1 - weight, "name": "b"},
+        ]
+        return documents_section(None, sources=sources, **values)
+
+    prepare(mixed(0.5), tokenizer, tmp_path / "blocks")
+    caplog.clear()
+    prepare(mixed(0.1, mixture_tokens=10**6), tokenizer, tmp_path / "blocks")
+    assert "b ran out" in caplog.text and "share" in caplog.text
+
+
+def test_a_separator_that_stands_nowhere_is_said(tmp_path, texts, tokenizer, caplog):
+    caplog.set_level("INFO")
+    text = "\r\n\r\n".join(text.replace("\n", " ") for text in texts)
+    (tmp_path / "crlf.txt").write_bytes(text.encode())
+    prepare(section(tmp_path / "crlf.txt", separator="\\n\\n"), tokenizer, tmp_path / "blocks")
+    assert "stands in none of the 1 file(s)" in caplog.text
+    caplog.clear()
+    wanted = section(tmp_path / "crlf.txt", separator="\r\n\r\n")
+    prepare(wanted, tokenizer, tmp_path / "other")
+    assert "stands in none" not in caplog.text
+
+
+def test_what_is_left_of_shards_is_removed_when_the_rows_stand(text_folder, tokenizer, tmp_path):
+    prepare(section(text_folder), tokenizer, tmp_path / "blocks")
+    (tmp_path / "_shards-blocks" / "000000").mkdir(parents=True)
+    prepare(section(text_folder), tokenizer, tmp_path / "blocks")
+    assert not (tmp_path / "_shards-blocks").exists()
+
+
+def test_short_held_out_text_is_counted_where_it_protects_nothing(
+    tmp_path, texts, tokenizer, caplog
+):
+    caplog.set_level("INFO")
+    write_rows(tmp_path / "a.jsonl", texts)
+    (tmp_path / "short.txt").write_text("the end")
+    rules = {"decontaminate": "drop", "benchmark_files": [str(tmp_path / "short.txt")]}
+    prepare(documents_section(tmp_path / "a.jsonl"), tokenizer, tmp_path / "blocks", rules)
+    assert "shorter than 13 tokens" in caplog.text

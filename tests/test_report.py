@@ -30,8 +30,8 @@ def test_metrics_has_every_key(metrics):
 def test_the_held_out_numbers_are_repeated_by_measure_perplexity(
     finished_run, metrics, corpus_folder, tmp_path, capsys
 ):
-    manifest = json.loads((finished_run / "blocks" / "manifest.json").read_text())
-    names = manifest["facts"]["validation"]["names"]
+    lines = (finished_run / "blocks" / "validation_documents.jsonl").open()
+    names = [json.loads(line) for line in lines]
     assert len(names) > 1 and all(name.startswith(str(corpus_folder)) for name in names)
     path = tmp_path / "numbers.json"
     measure_perplexity.main(["--model", str(finished_run), "--files", *names, "--json", str(path)])

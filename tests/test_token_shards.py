@@ -45,7 +45,7 @@ def make(corpus, tokenizer, folder, *, mark="fingerprint", **values):
 
 def contents(folder):
     """Return the bytes of all shards' files; the manifest lists them."""
-    names = ("tokens.bin", "documents.npy", "names.jsonl")
+    names = ("tokens.bin", "documents.bin", "names.jsonl")
     return {
         f"{shard.name}/{name}": (shard / name).read_bytes()
         for shard in sorted(folder.iterdir())
@@ -323,15 +323,16 @@ def test_a_shard_whose_text_is_the_same_is_kept_beside_one_that_changed(
 def test_a_full_disk_is_one_sentence_and_leaves_only_what_was_finished(
     tmp_path, texts, tokenizer, small_shards, monkeypatch, number
 ):
-    corpus, save = corpus_of(folder_of(tmp_path / "t", texts[:3])), np.save
+    corpus = corpus_of(folder_of(tmp_path / "t", texts[:3]))
+    flush = token_shards._Batch.flush
 
-    def full(path, array):
-        if "000001" in str(path):
-            path.write_bytes(b"half")
+    def full(batch):
+        if "000001" in batch._table.name:
+            batch._table.write(b"half")
             raise OSError(number, os.strerror(number))
-        save(path, array)
+        flush(batch)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(token_shards._Batch, "flush", full)
     with pytest.raises(InputError) as caught:
         make(corpus, tokenizer, tmp_path / "s")
     message = str(caught.value)
@@ -339,7 +340,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_only_what_was_finished(
     assert "make room there" in message and "\n" not in message
     assert os.listdir(tmp_path / "s") == ["000000"]
     before = marks(tmp_path / "s")
-    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr(token_shards._Batch, "flush", flush)
     check(make(corpus, tokenizer, tmp_path / "s"), texts[:3], tokenizer, corpus.reader.section)
     assert before.items() <= marks(tmp_path / "s").items()
 

@@ -381,3 +381,10 @@ def test_other_machines_wait_for_the_tokenizer(corpus, tmp_path, monkeypatch):
     assert waited == []
     await_tokenizer(section, folder, rank=1)
     assert len(waited) == 2 and load_tokenizer(str(folder)) is not None
+
+
+def test_text_of_nothing_is_said_to_be_nothing(tmp_path):
+    (tmp_path / "nl.jsonl").write_text('{"text": ""}\n' * 200)
+    corpus = Corpus(DataSection(files=[str(tmp_path / "nl.jsonl")]))
+    with pytest.raises(InputError, match="there is no training text: every document is empty"):
+        obtain_tokenizer(TokenizerSection(vocab_size=300), corpus, tmp_path / "tokenizer")

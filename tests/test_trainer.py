@@ -1,11 +1,16 @@
 """The promises: same curve for the same batch, resumed equals uninterrupted, truthful losses."""
 
+import copy
+import gc
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
 from pipeline import checkpoint, run_folder
 from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
-from pipeline.blocks import Rows, open_blocks
+from pipeline.blocks import NO_LABEL, Rows
 from pipeline.command_line import PretrainOptions
-from pipeline.corpus import Corpus
 from pipeline.model import build_model
-from pipeline.preparation import prepare_blocks
 from pipeline.recipe import InputError, read_recipe
-from pipeline.tokenizer import obtain_tokenizer
+from pipeline.run_data import obtain_run_data
 from pipeline.trainer import PretrainingTrainer
 
 
@@ -31,14 +35,16 @@ def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTra
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     recipe = read_recipe(recipe_path, {"training.output_dir": str(folder), **dotted})
     recipe, arguments = training_arguments(recipe)
-    corpus = Corpus(recipe.data)
-    tokenizer = obtain_tokenizer(recipe.tokenizer, corpus, recipe.tokenizer_dir)
-    prepare_blocks(recipe.data, corpus, tokenizer, recipe.blocks_dir)
-    blocks = open_blocks(recipe.blocks_dir, recipe.data)
+    data = obtain_run_data(recipe, arguments)
     model = build_model(
-        recipe.model, tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
+        recipe.model, data.tokenizer, block_size=recipe.data.block_size, seed=arguments.seed,
+        attend_across=recipe.data.attend_across,
+    )  # fmt: skip
+    trainer = PretrainingTrainer(
+        recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks
     )
-    return PretrainingTrainer(recipe, arguments, model=model, tokenizer=tokenizer, blocks=blocks)
+    trainer.flowing = data.flowing
+    return trainer
 
 
 def logged(trainer: PretrainingTrainer, name: str = "loss") -> list[float]:
@@ -195,6 +201,197 @@ def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, accumulated):
     assert logged(straight) == logged(again)
     assert logged(straight, "learning_rate") == logged(again, "learning_rate")
     assert logged(straight, "eval_loss") == logged(again, "eval_loss")
+
+
+# -- streaming ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Segments of 4 updates, and several shards: 20 updates see both begin anew."""
+    monkeypatch.setattr("pipeline.preparation.TOKENS_PER_SEGMENT", 32)
+    monkeypatch.setattr("pipeline.sources.SHARD_BYTES", (4000, 4000))
+
+
+def streamed(recipe_path: Path, folder: Path, **overrides) -> PretrainingTrainer:
+    given = {
+        "data__streaming": "true", "training__logging_steps": 1, "training__save_steps": 6,
+        "training__save_total_limit": 3, "data__hold_out": "documents",
+    }  # fmt: skip
+    return make_trainer(recipe_path, folder, **given | overrides)
+
+
+def train(trainer: PretrainingTrainer, resume: str = "never") -> PretrainingTrainer:
+    with trainer.flowing():
+        trainer.train_from(resume)
+    return trainer
+
+
+def test_a_streamed_run_sees_the_rows_of_the_stream_once_and_in_order(
+    smoke_recipe, tmp_path, small_segments
+):
+    trainer = streamed(smoke_recipe, tmp_path)
+    assert len(trainer.train_dataset) == 20 * 16
+    seen = []
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        seen.append(inputs["input_ids"].clone()) or step(model, inputs, *rest)
+    )
+    train(trainer)
+    again = streamed(smoke_recipe, tmp_path)
+    with again.flowing():
+        ids = again.train_dataset.__getitems__(list(range(320)))["input_ids"]
+    assert torch.equal(torch.cat(seen), ids)
+    losses = logged(trainer)
+    assert len(losses) == 20 and losses[-1] < losses[0] and logged(trainer, "eval_loss")
+    assert any("run: 20 updates, 10,240 tokens, streamed" in line for line in trainer._derived())
+    assert [path.name for path in (tmp_path / "_ring").iterdir()] == ["bookmarks.jsonl"]
+
+
+WITH_DROPOUT = {
+    "model__config__resid_pdrop": 0.1, "training__per_device_train_batch_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(smoke_recipe, tmp_path_factory):
+    """A streamed run that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.preparation.TOKENS_PER_SEGMENT", 32)
+        patch.setattr("pipeline.sources.SHARD_BYTES", (4000, 4000))
+        folder = tmp_path_factory.mktemp("runs") / "straight"
+        return train(streamed(smoke_recipe, folder, **WITH_DROPOUT))
+
+
+@pytest.mark.parametrize("how", ["as it was left", "ring deleted", "workers"])
+def test_a_streamed_run_resumed_equals_uninterrupted(
+    smoke_recipe, tmp_path, small_segments, straight, how
+):
+    """To the last bit, whatever is left of the ring and whoever reads it."""
+    overrides = dict(WITH_DROPOUT)
+    if how == "workers":
+        overrides["training__dataloader_num_workers"] = 1
+    half = streamed(smoke_recipe, tmp_path, **overrides)
+    half.add_callback(_StopAt(14))
+    with pytest.raises(KeyboardInterrupt):
+        train(half)
+    if how == "ring deleted":
+        shutil.rmtree(tmp_path / "_ring")
+    # How many processes read is a part of the recipe, though it changes nothing.
+    again = train(streamed(smoke_recipe, tmp_path, **overrides), "auto")
+
+    assert again._first_step == 12
+    assert equal(weights(straight), weights(again))
+    for name in ("loss", "learning_rate", "eval_loss", "grad_norm"):
+        assert logged(straight, name) == logged(again, name)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_text_in_a_stream_is_one_sentence(
+    smoke_recipe, tmp_path, small_segments, monkeypatch, workers
+):
+    """A worker's error comes back with its traceback in the message."""
+    folder = tmp_path / "text"
+    shutil.copytree(read_recipe(smoke_recipe).data.files[0], folder)
+    trainer = streamed(
+        smoke_recipe, tmp_path / "run", data__files=str(folder), training__max_steps=200,
+        training__dataloader_num_workers=workers, training__eval_strategy="no",
+    )  # fmt: skip
+    for path in folder.iterdir():
+        path.write_bytes(b"\xff" + path.read_bytes())
+    with pytest.raises(InputError, match=r"^[^\n]*: byte 0xff at offset 0 is not UTF-8;[^\n]*$"):
+        train(trainer)
+    # PyTorch waits that long for the worker of an iterator that was given up.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    del trainer
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"training.max_steps": None}, "data.streaming needs training.max_steps: a stream has no"),
+        ({"training.max_steps": -1}, "data.streaming needs training.max_steps: a stream has no"),
+        ({"cleaning.deduplicate": True}, "cleaning.deduplicate has to see all documents first"),
+        ({"cleaning.decontaminate": "cut"}, "cleaning.decontaminate has to see all documents"),
+        ({"data.packing": "best_fit"}, "data.packing best_fit has to see all documents first"),
+        ({"data.packing": "sliding", "data.stride": 4}, "data.packing sliding has to see all doc"),
+        (
+            {"data.files": None, "data.sources": [{"files": ["a"]}, {"files": ["b"]}]},
+            "data.streaming needs a weight for each of data.sources",
+        ),
+    ],
+)
+def test_what_a_stream_cannot_do(smoke_recipe, overrides, words):
+    with pytest.raises(InputError) as caught:
+        read_recipe(smoke_recipe, {"data.streaming": True, **overrides})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- documents kept apart -------------------------------------------------------------------------
+
+
+def loss_by_document(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -> float:
+    """Mean cross-entropy of the tokens after the first of each document, each run by itself."""
+    nats, tokens = 0.0, 0
+    model = copy.deepcopy(model).double().eval()
+    for row in rows:
+        filled = row["labels"] != NO_LABEL  # and the first tokens of documents
+        starts = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), len(filled)]
+        for start, stop in itertools.pairwise(starts):
+            used = filled[start + 1 : stop].sum().item()
+            ids = row["input_ids"][start : start + 1 + used][None]
+            if not used:
+                continue
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+            nats, tokens = nats + loss.item(), tokens + used
+    return nats / tokens
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data__packing": "best_fit"},
+        {"data__packing": "best_fit", "model__attn_implementation": "eager"},
+        {"data__packing": "concatenate"},
+        {"data__packing": "best_fit", "training__per_device_train_batch_size": 4},
+    ],
+    ids=["best_fit", "eager", "concatenate", "accumulated"],
+)
+def test_with_documents_apart_the_training_loss_is_that_of_each_by_itself(
+    smoke_recipe, tmp_path, values
+):
+    lines = tmp_path / "lines.txt"
+    texts = [p.read_text() for p in sorted(Path(read_recipe(smoke_recipe).data.files[0]).iterdir())]
+    lines.write_text("".join(texts))
+    given = {
+        "data__attend_across": "false", "data__files": str(lines), "data__separator": "\\n",
+        "training__max_steps": 1, "training__logging_steps": 1, "training__eval_strategy": "no",
+        "training__per_device_train_batch_size": 16, "data__hold_out": "documents",
+        "tokenizer__vocab_size": 384,
+    }  # fmt: skip
+    trainer = make_trainer(smoke_recipe, tmp_path / "run", **given | values)
+    rows, step = [], trainer.training_step
+
+    def seen(model, inputs, *rest):
+        for number in range(len(inputs["input_ids"])):
+            rows.append({name: value[number].clone() for name, value in inputs.items()})
+        return step(model, inputs, *rest)
+
+    trainer.training_step = seen
+    expected_model = copy.deepcopy(trainer.model)
+    expected_model.forward = types.MethodType(GPT2LMHeadModel.forward, expected_model)
+    train(trainer)
+    assert len(rows) == 16
+    documents = sum((row["position_ids"] == 0).sum().item() for row in rows)
+    assert documents >= 24
+    assert logged(trainer)[0] == pytest.approx(loss_by_document(expected_model, rows), rel=1e-6)
+    together = true_loss(expected_model, torch.stack([row["input_ids"] for row in rows]))
+    assert logged(trainer)[0] != pytest.approx(together, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_stopped_after_its_last_update_trains_no_further(smoke_recipe, tmp_path):
@@ -537,12 +734,13 @@ def test_what_is_saved_opens_in_stock_transformers(finished_run):
 
 
 @pytest.mark.slow
-def test_a_run_killed_with_kill_9_goes_on_bit_for_bit(smoke_recipe, tmp_path):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_run_killed_with_kill_9_goes_on_bit_for_bit(smoke_recipe, tmp_path, streaming):
     """A real process, killed after its first checkpoint; the same command then finishes."""
     command = [
         sys.executable, "pipeline/pretrain.py", "--config", str(smoke_recipe),
         "--training.max_steps", "60", "--training.save_steps", "4",
-        "--training.output_dir",
+        "--data.streaming", streaming, "--training.output_dir",
     ]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run([*command, str(straight)], cwd=ROOT, check=True, capture_output=True)
