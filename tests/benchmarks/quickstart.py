@@ -34,12 +34,8 @@ def main(folder: Path) -> None:
         prepare_blocks(recipe.data, corpus, tokenizer, Path(temporary) / "blocks")
         packed = time.perf_counter()
     held_out = "".join(corpus.texts("validation")).encode()
-    if (
-        corpus.fingerprint
-        != json.loads((folder / "blocks" / "manifest.json").read_text())["made_from"]["corpus"][
-            "fingerprint"
-        ]
-    ):
+    manifest = json.loads((folder / "blocks" / "manifest.json").read_text())
+    if manifest["made_from"]["corpus"] != corpus.identity:
         sys.exit("this interpreter's standard library is not the one that the run read")
     rows = {
         "this run": metrics["eval_bits_per_byte"],
