@@ -38,7 +38,7 @@ COMPRESSED = (".gz", ".zst")
 # Bounds that follow from the whole alone; between them a corpus makes about 64 shards.
 SHARD_BYTES = (16 << 20, 256 << 20)
 WINDOW = 1 << 20  # bytes of a text file in memory at once
-LONGEST_ROW = 256 << 20  # bytes of a line or of a separated document: it has to fit in memory
+LONGEST_ROW = 64 << 20  # bytes of a line or of a separated document: it is in memory several times
 # White space after something else. What Python calls white space besides Unicode's (0x1c to 0x1f)
 # is none for a tokenizer.
 BOUNDARY = re.compile(r"(?<=[\S\x1c-\x1f])[^\S\x1c-\x1f]")
@@ -455,14 +455,15 @@ def _pieces(name: str, path: str, shard: Shard, source: SourceSection) -> Iterat
 
 def _split(file: BinaryIO, separator: bytes, path: str, offset: int) -> Iterator[tuple[int, bytes]]:
     """Yield offset and content of everything between separators; the last may lack one."""
-    buffer, searched = b"", 0
+    buffer, searched = bytearray(), 0  # it grows without being copied each time
     while content := file.read(WINDOW):
         buffer += content
         begin = 0
         while (end := buffer.find(separator, max(begin, searched))) >= 0:
-            yield offset + begin, buffer[begin:end]
+            yield offset + begin, bytes(buffer[begin:end])
             begin, searched = end + len(separator), 0
-        buffer, offset = buffer[begin:], offset + begin
+        del buffer[:begin]
+        offset += begin
         searched = max(0, len(buffer) - len(separator) + 1)
         if len(buffer) > LONGEST_ROW:
             shown = separator.decode()
@@ -471,7 +472,7 @@ def _split(file: BinaryIO, separator: bytes, path: str, offset: int) -> Iterator
                 f"{shown!r}, which should stand between documents; check the file and its kind"
             )
     if buffer:
-        yield offset, buffer
+        yield offset, bytes(buffer)
 
 
 def _json_row(name: str, path: str, offset: int, content: bytes, source: SourceSection) -> Document:

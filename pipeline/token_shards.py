@@ -32,6 +32,7 @@ from pipeline.recipe import InputError
 from pipeline.sources import Shard
 
 CHARACTERS_PER_CALL = 1 << 20  # keeps every thread busy, and memory small
+TEXTS_PER_CALL = 1 << 13  # the same for texts of a few letters
 # A process takes half a second to start: below this much text, this one does it alone.
 BYTES_WORTH_A_PROCESS = 16 << 20
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -169,7 +170,7 @@ class _Batch:
         self._texts: list[str] = []
         self._ends: list[bool] = []  # whether the document ends with that window
         self._characters = 0
-        self._documents: list[tuple] = []  # finished but for their number of tokens
+        self._documents: list[tuple] = []  # lines of `TABLE` but for their number of tokens
         self._open_tokens = 0  # of the document that has not ended
 
     def add(self, document: Document, windows: Iterator[str], report: Any) -> None:
@@ -182,7 +183,11 @@ class _Batch:
                 self._append(last, is_end=False)
             last = window
             report(len(content))
-        self._append(last, is_end=True, document=(document, digest, size))
+        # Of a part the whole document's: copies of it are found by that.
+        found = digest.digest() if document.whole is None else document.whole[1]
+        split = document.given_split or split_of_digest(found, document.section)
+        halves = tuple(np.frombuffer(found[:16], np.uint64).tolist())
+        self._append(last, is_end=True, document=(size, halves, SPLITS.index(split)))
 
     def _append(self, text: str, *, is_end: bool, document: tuple | None = None) -> None:
         self._texts.append(text)
@@ -190,7 +195,7 @@ class _Batch:
         if document is not None:
             self._documents.append(document)
         self._characters += len(text)
-        if self._characters >= CHARACTERS_PER_CALL:
+        if self._characters >= CHARACTERS_PER_CALL or len(self._texts) >= TEXTS_PER_CALL:
             self.flush()
 
     def flush(self) -> None:
@@ -205,21 +210,14 @@ class _Batch:
             self._open_tokens += len(ids)
             if is_end:
                 parts.append(end)
-                self._finish(*next(finished))
+                self._rows.append((self._open_tokens + 1, *next(finished)))
+                self._open_tokens = 0
         flat = np.concatenate(parts)
         assert flat.max() <= np.iinfo(self._work.dtype).max  # astype would wrap around
         self._tokens.write(flat.astype(self._work.dtype).data)
         self._table.write(np.array(self._rows, TABLE).tobytes())
         self._rows = []
         self._texts, self._ends, self._documents, self._characters = [], [], [], 0
-
-    def _finish(self, document: Document, digest: Any, size: int) -> None:
-        # Of a part the whole document's: copies of it are found by that.
-        found = digest.digest() if document.whole is None else document.whole[1]
-        split = document.given_split or split_of_digest(found, document.section)
-        halves = np.frombuffer(found[:16], np.uint64)
-        self._rows.append((self._open_tokens + 1, size, tuple(halves), SPLITS.index(split)))
-        self._open_tokens = 0
 
 
 def _limited(document: Document, cleaning: Any, counts: dict[str, int]) -> Iterator[str] | None:
