@@ -252,8 +252,11 @@ def open_blocks(
             scored_tokens=0, scored_bytes=0, fingerprint=stream.identity, is_stream=True, **options,
         )  # fmt: skip
     elif section.is_weighted:
-        rows = [source["rows"] for source in facts["sources"]]
-        blocks["train"] = Rows.open(folder, "train", mixture=mixture(rows, section), **options)
+        mixed = mixture([source["rows"] for source in facts["sources"]], section)
+        train = Rows.open(folder, "train", mixture=mixed, **options)
+        share = len(train) / facts["train"]["rows"]
+        train.tokens, train.bytes = round(train.tokens * share), round(train.bytes * share)
+        blocks["train"] = train
     return blocks
 
 

@@ -47,7 +47,8 @@ class PrepareOptions(RecipeOptions):
     """Processes that tokenise (default: one for each core, if the text is long enough to pay); the
     rows are the same for any number."""
     show: int | None = Field(None, ge=1)
-    """Print that many training rows as text, their documents set apart."""
+    """Print that many training rows as text, their documents set apart (of a stream, whose training
+    rows are not made yet, validation rows)."""
 
 
 class TokenizerOptions(RecipeOptions):

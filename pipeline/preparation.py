@@ -151,7 +151,7 @@ def describe(folder: Path, section: DataSection) -> str:
     train = facts["train"]
     if section.packing == "best_fit":
         lines.append(
-            f"best_fit: {train['padding']:.2%} of the rows is filled up, "
+            f"best_fit: {train['padding']:.2%} of the room in the rows is padding, "
             f"{train['truncation']:.2%} of the documents are longer than a row and cut"
         )
     sources = facts["sources"]
@@ -181,7 +181,8 @@ def show(folder: Path, tokenizer: PreTrainedTokenizerBase | FolderTokenizer, cou
 
     They are training rows; of a stream, which has none yet, validation rows.
     """
-    facts, lines = artifact.read_manifest(folder)["facts"], []
+    manifest, lines = artifact.read_manifest(folder), []
+    facts, is_cut = manifest["facts"], manifest["made_from"]["data"]["packing"] == "best_fit"
     rows = RowFile.open(folder / f"{'train' if facts['train']['rows'] else 'validation'}.arrow")
     for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist():
         documents, begins = rows.documents_of(index), rows.row(index)[1][:1].tolist() == [0]
@@ -189,7 +190,9 @@ def show(folder: Path, tokenizer: PreTrainedTokenizerBase | FolderTokenizer, cou
         filled = f", {rows.block_size - used} filled up" if used < rows.block_size else ""
         lines.append(f"--- row {index:,}: {len(documents)} document(s){filled}")
         for number, document in enumerate(documents):
-            lines.append("[a document begins]" if number or begins else "[a document goes on]")
+            mark = "[a document begins]" if number or begins else "[a document goes on]"
+            # Where long documents are cut, their parts are placed like documents.
+            lines.append("[a document, or a part of a long one]" if is_cut else mark)
             lines.append(tokenizer.decode(document))
     return "\n".join(lines)
 
@@ -621,9 +624,12 @@ def _used_up(facts: dict[str, Any], section: DataSection) -> list[str]:
     if not section.is_weighted:
         return []
     weights = [source.weight for source in section.all_sources]
-    lines = []
     taken = mixture([source["rows"] for source in facts["sources"]], section)
     total = max(1, sum(t for _, _, t in taken))
+    lines = [
+        f"mixture: {total:,} of the {facts['train']['rows']:,} rows, "
+        f"{total * section.block_size:,} tokens"
+    ]
     for number, (_, available, used) in enumerate(taken):
         name, wanted = facts["sources"][number]["name"], weights[number]
         if section.mixture_tokens is not None:
@@ -652,8 +658,11 @@ def _line(name: str, *values: Any) -> str:
 def _check_enough(facts: dict[str, Any], section: DataSection) -> None:
     train = facts["train"]
     if not train["rows"]:
+        counts = (source[name] for source in facts["sources"] for name in COUNTED[1:-1])
+        left_out = sum(counts)
+        cleaned = f" ({left_out:,} documents were left out by cleaning)" if left_out else ""
         raise InputError(
-            f"the training text has {train['tokens']} tokens and a row needs "
+            f"the training text has {train['tokens']} tokens{cleaned} and a row needs "
             f"{section.block_size}: give more text in data.files or a smaller data.block_size"
         )
     _check_held_out(facts, section)

@@ -252,7 +252,8 @@ def sentence_of(
         known = _names_beside(model, parts)
         close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
         beside = key.removesuffix(parts[-1])
-        listed = ", ".join(known) if len(known) < 20 else f"--help {section} lists them"
+        about = f"--help {section}" if section else "--help"
+        listed = ", ".join(known) if len(known) < 20 else f"{about} lists them"
         remedy = f"did you mean {beside}{close[0]}?" if close else f"known: {listed}"
         return f"{where}: unknown key; {remedy}"
     if finding["type"] == "missing":

@@ -151,7 +151,7 @@ def summary(recipe: Recipe) -> str:
     lines += [
         "",
         f"In {folder}: the model (from_pretrained opens the folder), metrics.json, loss.png, "
-        "samples.txt, README.md, config.yaml",
+        f"{'samples.txt, ' if (folder / 'samples.txt').exists() else ''}README.md, config.yaml",
         f"Go on: python pipeline/generate.py --model {folder} --prompt {_sample_prompt(recipe)!r}",
     ]
     return "\n".join(lines)

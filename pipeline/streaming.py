@@ -151,8 +151,11 @@ def producing(stream: Stream | None, folder: Path, *, is_main_process: bool) -> 
 def _say_passes(folder: Path, stream: Stream) -> None:
     """Say which sources were read more than once."""
     kept = _read_bookmarks(folder, stream.identity) or {}
-    for number, mark in enumerate(kept[max(kept)] if kept else []):
-        if mark["pass"]:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        reached = int((folder / WANTED).read_text())  # the producer itself is further
+        for number, mark in enumerate(kept.get(reached, [])):
+            if not mark["pass"]:
+                continue
             logger.info("source %d of the stream ran out and was begun again", number + 1)
 
 
