@@ -84,6 +84,15 @@ def held_out_copies(shards: list[TokenShard], sources: int) -> list[np.ndarray]:
     return copies
 
 
+def on_two_sides(name: str) -> InputError:
+    """Return the error for a document that is trained on and was given as held-out text."""
+    return InputError(
+        f"{name}: this training document is also held-out text (data.validation_files or such), "
+        "whose number would be worth nothing; take it out of one side, or set "
+        "--cleaning.decontaminate copies"
+    )
+
+
 class NGrams:
     """The n-grams of texts that must not be trained on.
 

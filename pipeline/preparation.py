@@ -353,7 +353,9 @@ def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> 
                         "it out of one"
                     )
                 if not is_given and digest in given:
-                    raise _on_two_sides(document.name)
+                    if texts.cleaning.decontaminate is None:
+                        raise cleaning.on_two_sides(document.name)
+                    continue
                 # Training text is only sampled, for the bytes that a token stands for.
                 if text and (split != "train" or sampled[group] < SAMPLED_BYTES):
                     if split == "train":
@@ -403,7 +405,7 @@ def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[di
             cleaning.held_out_copies(shards, len(texts.section.all_sources))
         ):
             if copies.any() and rules.decontaminate is None:
-                raise _on_two_sides(shards[number].names(np.flatnonzero(copies)[:1])[0])
+                raise cleaning.on_two_sides(shards[number].names(np.flatnonzero(copies)[:1])[0])
             keep[number] &= ~copies
             counts[shards[number].group]["dropped"] += int(copies.sum())
     if rules.deduplicate:
@@ -430,14 +432,6 @@ def _select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[di
             counts[shard.group]["cut" if is_cut else "dropped"] += kept[-1].contaminated
             bar.update()
     return kept, counts
-
-
-def _on_two_sides(name: str) -> InputError:
-    return InputError(
-        f"{name}: this training document is also held-out text (data.validation_files or such), "
-        "whose number would be worth nothing; take it out of one side, or set "
-        "--cleaning.decontaminate copies"
-    )
 
 
 def _forbidden(

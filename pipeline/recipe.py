@@ -105,7 +105,7 @@ class Recipe(Section):
         if not self.data.streaming:
             return self
         for name in ("deduplicate", "decontaminate"):
-            if getattr(self.cleaning, name):
+            if getattr(self.cleaning, name) not in (False, None, "copies"):
                 raise ValueError(
                     f"cleaning.{name} has to see all documents first; it cannot be had with "
                     "data.streaming"

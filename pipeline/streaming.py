@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 
 from pipeline import packing
+from pipeline.cleaning import on_two_sides
 from pipeline.corpus import Document
 from pipeline.recipe import InputError, first_line
 from pipeline.row_file import RowFile, RowWriter
@@ -259,14 +260,13 @@ class _Source:
             number, shard = number + 1, 0
 
     def _is_wanted(self, document: Document) -> bool:
-        if not document.is_within(self._stream.work.reader.cleaning):
+        rules = self._stream.work.reader.cleaning
+        if not document.is_within(rules):
             return False
         if self._stream.held_out and document.digest[:16] in self._stream.held_out:
-            raise InputError(
-                f"{document.name}: this document of the stream is also held-out text "
-                "(data.validation_files or such), whose number would be worth nothing; take it "
-                "out of one side"
-            )
+            if rules.decontaminate is None:
+                raise on_two_sides(document.name)
+            return False
         return document.split == "train"
 
 

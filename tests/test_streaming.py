@@ -737,8 +737,20 @@ def test_text_given_as_held_out_may_not_be_streamed(tmp_path, texts, tokenizer, 
     known = (tmp_path / "c" / preparation.GIVEN).read_text().split()
     stream = make(folder, **values)._replace(held_out=frozenset(map(bytes.fromhex, known)))
     assert len(known) == 1
-    with pytest.raises(InputError, match=r"039\.txt: this document of the stream is also held-out"):
+    with pytest.raises(InputError, match=r"039\.txt: this training document is also held-out"):
         _Source(stream, 0, START).take(2000)
+
+
+def test_copies_of_held_out_text_are_left_out_of_a_stream(tmp_path, texts, tokenizer, make):
+    """The remedy that the sentence names."""
+    folder = write_texts(tmp_path / "t", texts)
+    values, rules = {"validation_files": [str(folder / "003.txt")]}, {"decontaminate": "copies"}
+    prepared(tokenizer, tmp_path / "b", section_of(folder, **values), rules)
+    known = (tmp_path / "b" / preparation.GIVEN).read_text().split()
+    stream = make(folder, rules=rules, **values)
+    stream = stream._replace(held_out=frozenset(map(bytes.fromhex, known)))
+    rows = _Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
+    assert texts[3] not in tokenizer.decode(rows.ids.ravel())
 
 
 def test_a_streamed_folder_that_changed_is_another_text(tmp_path):
