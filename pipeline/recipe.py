@@ -18,6 +18,7 @@ from pipeline.sections import (
     CleaningSection,
     DataSection,
     EvaluationSection,
+    FaultSection,
     GenerationSection,
     ModelSection,
     ScheduleSection,
@@ -38,6 +39,10 @@ RENAMED = {
 
 class InputError(ValueError):
     """What a person gave cannot work; the message says what, where and the remedy."""
+
+
+class RunFailed(Exception):
+    """A run cannot go on, and no input is to blame; the message says what happened and when."""
 
 
 def first_line(error: BaseException) -> str:
@@ -83,6 +88,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
+    faults: FaultSection = Field(default_factory=FaultSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""
 

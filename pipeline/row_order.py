@@ -6,7 +6,7 @@ range sent through again ("cycle walking", Black and Rogaway 2002), is a permuta
 place of it can be computed alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -30,23 +30,58 @@ def permuted(places: np.ndarray, size: int, *keys: int) -> np.ndarray:
     return found.astype(np.int64)
 
 
-class ShuffledPlaces:
+class RowOrder:
     """A sampler for `DataLoader`: `taken` of `size` rows, in another order each epoch."""
 
-    def __init__(self, size: int, taken: int, seed: int) -> None:
+    def __init__(
+        self, size: int, taken: int, seed: int | None, *, left_out: Collection[int] = ()
+    ) -> None:
+        """Take rows in the order of `seed`; None: as they come.
+
+        In the place of a row that is left out stands another one, so that updates stay as long as
+        they are, and every other row stays in its place.
+        """
         self._size, self._taken, self._seed, self._epoch = size, taken, seed, 0
+        self._left_out = np.array(sorted(left_out), np.int64)
+        self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; Trainer calls it at the beginning of each epoch."""
         self._epoch = epoch
 
+    def start_at(self, place: int) -> None:
+        """Begin the next epoch at this place, once."""
+        self._start = place
+
     def __len__(self) -> int:
         return self._taken
 
     def __iter__(self) -> Iterator[int]:
-        for start in range(0, self._taken, PLACES_AT_ONCE):
-            places = np.arange(start, min(start + PLACES_AT_ONCE, self._taken))
-            yield from permuted(places, self._size, self._seed, self._epoch).tolist()
+        first, self._start = self._start, 0
+        for start in range(first, self._taken, PLACES_AT_ONCE):
+            yield from self.rows(self._epoch, start, start + PLACES_AT_ONCE).tolist()
+
+    def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the rows [stop - start] at these places of an epoch (int64)."""
+        places = np.arange(start, min(stop, self._taken))
+        found = self._at(places, epoch)
+        attempt = 0
+        while (unwanted := np.isin(found, self._left_out)).any():
+            attempt += 1
+            found[unwanted] = self._instead_of(places[unwanted], epoch, attempt)
+        return found
+
+    def _at(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return places.copy()
+        return permuted(places, self._size, self._seed, epoch)
+
+    def _instead_of(self, places: np.ndarray, epoch: int, attempt: int) -> np.ndarray:
+        if self._seed is not None:
+            return permuted(places, self._size, self._seed, epoch, attempt)
+        # Of a stream only the rows shortly before are still there; at its beginning, those after.
+        shift = attempt * len(self._left_out)
+        return np.where(places >= shift, places - shift, (places + shift) % self._size)
 
 
 def _round_keys(keys: tuple[int, ...]) -> np.ndarray:

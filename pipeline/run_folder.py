@@ -5,21 +5,29 @@ import json
 import logging
 import os
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import artifact
-from pipeline.checkpoint import checkpoints, newest_whole
+from pipeline import artifact, interruption
+from pipeline.checkpoint import checkpoints, chosen
 from pipeline.command_line import PretrainOptions
+from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, read_recipe
+from pipeline.resumption import LENGTH, changes, described, refused, sentence
 
 logger = logging.getLogger(__name__)
 
 STATUS = "run_status.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+
+# A launcher that sees one process end asks the others to, within less than this.
+SECONDS_FOR_A_SIGNAL = 3.0
 
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
@@ -28,20 +36,20 @@ RESULTS = (
 )  # fmt: skip
 
 
-# Fields of `training:` that say where a run lies and how it is shown, and change nothing in it.
-HARMLESS = ("output_dir", "report_to", "run_name", "project", "disable_tqdm", "log_level")
-
-
 class Run(NamedTuple):
     """A folder that is ours for as long as the process lives."""
 
     finished: bool
     begin: Callable[[Recipe], None]
     """Call it when training starts: saves the recipe, and lets go of a run being overwritten."""
+    find: Callable[[], Path | None]
+    """In the main process: the verified checkpoint that the run goes on from."""
+    last_words: Callable[[str], None]
+    """Call it before the process ends itself because it hangs, with why."""
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -> Iterator[Run]:
+def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> Iterator[Run]:
     """Yield the recipe's run folder, claimed; keep its status file true until the block ends.
 
     Until `begin` is called, an earlier run that `--overwrite` replaces is only set aside, and
@@ -50,49 +58,89 @@ def opened(recipe: Recipe, options: PretrainOptions, *, is_main_process: bool) -
     Raises:
         InputError: the folder cannot be written to, is in use, or holds another run or foreign
             files; or `--resume` names nothing to resume.
+        Preempted: the run was asked to stop.
     """
-    folder = recipe.output_dir
-    with artifact.held(folder, is_main_process=is_main_process):
-        # While the main process sets a run aside, the others must not look at it.
-        state = _claim(recipe, options) if is_main_process or not options.overwrite else "new"
+    folder, is_main = recipe.output_dir, processes.is_main
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            stack.enter_context(artifact.held(folder))
+            artifact.clear_leftovers(folder)
+            return _claim(recipe, options)
+
+        state = processes.told(claim)
         if state == "finished":
-            yield Run(True, lambda _: None)
+            yield Run(True, lambda _: None, lambda: None, lambda _: None)
             return
         aside = folder / "_overwritten"
-        if is_main_process and options.overwrite:
+        if is_main and options.overwrite:
             _move(_ours(folder), aside)
         begun = False
 
         def write(new_state: str, **more: Any) -> None:
-            if is_main_process:
-                _write_json(folder / STATUS, {"state": new_state, "time": time.time(), **more})
+            if is_main:
+                content = {"state": new_state, "time": time.time(), **more}
+                try:
+                    _write_json(folder / STATUS, content)
+                except OSError as error:  # a full disk: the run matters more
+                    logger.error("%s: cannot be written: %s", folder / STATUS, error.strerror)
 
         def begin(resolved: Recipe) -> None:
             nonlocal begun
             begun = True
-            if is_main_process:
-                resolved.save(folder / CONFIG)
+            if is_main:
+                with artifact.full_disk_said(folder):
+                    resolved.save(folder / CONFIG)
                 shutil.rmtree(aside, ignore_errors=True)
-            write("running", pid=os.getpid())
+            write("running", pid=os.getpid(), host=socket.gethostname())
 
+        def preempted(why: str) -> None:
+            last = checkpoints(folder)[-1:]
+            write("preempted", why=why, checkpoint=last[0].name if last else None)
+
+        interruption.grant(recipe.faults.grace_seconds, preempted)
+        # Verified while libraries are imported, rows opened and the model made.
+        resume = "never" if options.overwrite else options.resume
+        finder = stack.enter_context(ThreadPoolExecutor(1))
+        found = finder.submit(chosen, folder, resume) if is_main else None
         try:
-            yield Run(False, begin)
+            yield Run(
+                False, begin, lambda: found.result(), lambda why: write("failed", why=why)
+            )  # fmt: skip
         except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            failure = "interrupted" if interrupted else "failed"
-            if interrupted and begun and is_main_process:
-                last = checkpoints(folder)[-1:]
-                goes_on = f"from {last[0]}" if last else "anew"
-                logger.info("\nstopped; the same command goes on %s", goes_on)
-            if begun or state == "new" and not aside.exists():
-                write(failure, why=f"{type(error).__name__}: {error}".strip())
-            elif is_main_process and aside.exists():
+            why = _stopped_by(error, processes)
+            if why is not None:
+                if begun and is_main:
+                    last = checkpoints(folder)[-1:]
+                    goes_on = f"from {last[0]}" if last else "anew"
+                    logger.info("\nstopped (%s); the same command goes on %s", why, goes_on)
+                if begun or not aside.exists():
+                    preempted(why)
+            elif begun or not aside.exists():
+                write("failed", why=f"{type(error).__name__}: {error}".strip())
+            if not begun and is_main and aside.exists():
                 _move(_ours(folder), folder / "_failed")
                 shutil.rmtree(folder / "_failed", ignore_errors=True)
                 _move(list(aside.iterdir()), folder)
                 aside.rmdir()
+            if why is not None and not isinstance(error, interruption.Preempted):
+                raise interruption.Preempted(why) from error
             raise
         write("finished")
+
+
+def _stopped_by(error: BaseException, processes: Processes) -> str | None:
+    """Return what asked the run to stop; None if the error came by itself."""
+    if isinstance(error, interruption.Preempted):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):  # where no handlers could be installed
+        return "SIGINT"
+    if processes.count > 1 and isinstance(error, RuntimeError):
+        # The connection to a process that was asked to stop breaks before its launcher asks us.
+        end = time.monotonic() + SECONDS_FOR_A_SIGNAL
+        while interruption.reason() is None and time.monotonic() < end:
+            time.sleep(0.05)
+    return interruption.reason()
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -106,7 +154,8 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 def _claim(recipe: Recipe, options: PretrainOptions) -> str:
     """Return "new", "unfinished" or "finished"; look only."""
     folder, resume = recipe.output_dir, options.resume
-    if resume not in ("auto", "must", "never") and (wrong := artifact.damage(Path(resume))):
+    named = Path(resume) if resume not in ("auto", "must", "never") else None
+    if named is not None and (wrong := artifact.damage(named, contents=False)):
         raise InputError(f"--resume {resume}: {wrong}; name a whole checkpoint, or use auto")
     status = read_status(folder)
     if status is None:
@@ -116,7 +165,8 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
                 f"{folder}: holds {foreign[0]} that no run of ours wrote; choose another "
                 "--training.output_dir"
             )
-    if resume == "must" and (options.overwrite or newest_whole(folder) is None):
+    whole = (c for c in checkpoints(folder) if artifact.damage(c, contents=False) is None)
+    if resume == "must" and (options.overwrite or not any(whole)):
         raise InputError(f"--resume must: no whole checkpoint in {folder}")
     # A run that failed before its first checkpoint holds nothing to lose.
     if options.overwrite or status is None:
@@ -133,22 +183,28 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
             f"{folder}: its {CONFIG} is gone, so that nobody can tell which run this is; add "
             "--overwrite to remove it, or choose another --training.output_dir"
         )
-    changes = artifact.differences(comparable(read_recipe(folder / CONFIG)), comparable(recipe))
-    if changes:
+    found = changes(described(read_recipe(folder / CONFIG)), described(recipe))
+    if left := refused(found, options.allow_change):
         raise InputError(
-            f"{folder}: holds another run ({'; '.join(changes)}); choose another "
+            f"{folder}: holds another run: {sentence(left)}; else choose another "
             "--training.output_dir, or add --overwrite to remove it"
         )
     is_finished = status["state"] == "finished" and (folder / METRICS).exists()
-    return "finished" if is_finished else "unfinished"
-
-
-def comparable(recipe: Recipe) -> dict[str, Any]:
-    """Return what makes two runs the same run: every value, defaults too, but not the place."""
-    values = recipe.model_dump(mode="json")
-    # A folder may be moved or reached by another path and still hold the same run.
-    values["training"] = {k: v for k, v in values["training"].items() if k not in HARMLESS}
-    return values
+    if not is_finished:
+        return "unfinished"
+    new = [change for change in found if change.kind != "harmless"]
+    if not new:
+        return "finished"
+    longer = any(change.key in LENGTH for change in new)
+    if not longer or not checkpoints(folder):
+        raise InputError(
+            f"{folder}: holds a finished run, to which this would not be applied: "
+            f"{'; '.join(c.text for c in new)}; "
+            + ("it kept no checkpoint to go on from" if longer else "give it more updates with ")
+            + ("" if longer else "training.max_steps")
+            + ", choose another --training.output_dir, or add --overwrite to remove it"
+        )
+    return "unfinished"
 
 
 def _ours(folder: Path) -> list[Path]:
@@ -168,6 +224,7 @@ def _move(paths: list[Path], target: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    staging = path.with_name(f"_{path.name}")
+    # A thread of its own may write last words at the same time.
+    staging = path.with_name(f"_{path.name}-{os.getpid()}-{threading.get_ident()}")
     staging.write_text(json.dumps(content, indent=1))
     os.replace(staging, path)

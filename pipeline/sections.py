@@ -332,3 +332,17 @@ class GenerationSection(Section):
     @classmethod
     def _one_prompt_is_a_list(cls, values: Any) -> Any:
         return _listed(values, "prompts")
+
+
+class FaultSection(Section):
+    """What a run does when something goes wrong."""
+
+    grace_seconds: float = Field(25.0, gt=0)
+    """Time from the first SIGTERM, SIGINT or SIGUSR1 to the end; a save that takes longer is
+    skipped, and the last whole checkpoint stands (schedulers and launchers kill after 30)."""
+    hang_seconds: float = Field(600.0, gt=0)
+    """A process that neither ends a batch nor a save for so long ends the job and says where it
+    was; the first update, which compiles, may take as long."""
+    rollbacks: int = Field(0, ge=0)
+    """Times that a loss or gradient that is not finite sends the run back to the newest whole
+    checkpoint, to go on without the rows of that update; after that, and by default, it stops."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from pipeline import packing
+from pipeline import interruption, packing
 from pipeline.cleaning import on_two_sides
 from pipeline.corpus import Document
 from pipeline.recipe import InputError, first_line
@@ -141,7 +141,7 @@ def producing(stream: Stream | None, folder: Path, *, is_main_process: bool) -> 
         _check_failed(folder)
         raise
     finally:
-        process.terminate()
+        process.kill()  # it heeds no signal; what it was writing is not there
         process.join()
         _say_passes(folder, stream)
         for path in folder.iterdir():
@@ -274,22 +274,12 @@ def _produce(stream: Stream, folder: Path, parent: int) -> None:
     """Write the segments that are wanted; end with the parent, however it ends."""
     end_with(parent)
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
+        # What asks the whole process group to stop is for the parent: it still needs its rows.
+        for number in interruption.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     try:
-        # Of an update that spans two segments the second may be asked for first.
-        first = max(0, _wanted(folder) - 1)
-        begin, bookmark = _nearest(folder, stream, first)
-        made = [_Source(stream, n, mark) for n, mark in enumerate(bookmark)]
-        for segment in itertools.count(begin):
-            _keep_bookmark(folder, stream, segment, [source.bookmark() for source in made])
-            counts = stream.rows_of(segment)
-            rows = [source.take(count) for source, count in zip(made, counts, strict=True)]
-            if segment < first:
-                continue
-            _write(folder, stream, segment, rows)
-            while segment - _wanted(folder) >= SEGMENTS_AHEAD:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            _remove_used(folder, _wanted(folder))
+        while True:
+            _produce_from(stream, folder, _wanted(folder))
     except InputError as error:
         _report(folder, str(error))
     except Exception as error:  # a full disk, the network: whoever waits for rows must hear of it
@@ -298,6 +288,34 @@ def _produce(stream: Stream, folder: Path, parent: int) -> None:
             f"the stream stopped ({type(error).__name__}: {first_line(error)}); see to that and "
             "start the same command again, it goes on at the same token",
         )
+
+
+def _produce_from(stream: Stream, folder: Path, wanted: int) -> None:
+    """Write segments from the wanted one on, until one is wanted that is no longer there."""
+    # Of an update that spans two segments the second may be asked for first.
+    first = max(0, wanted - 1)
+    begin, bookmark = _nearest(folder, stream, first)
+    made = [_Source(stream, n, mark) for n, mark in enumerate(bookmark)]
+    for segment in itertools.count(begin):
+        _keep_bookmark(folder, stream, segment, [source.bookmark() for source in made])
+        counts = stream.rows_of(segment)
+        rows = [source.take(count) for source, count in zip(made, counts, strict=True)]
+        if segment < first:
+            continue
+        _write(folder, stream, segment, rows)
+        while segment - _wanted(folder) >= SEGMENTS_AHEAD:
+            if _is_behind(folder, segment):
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if _is_behind(folder, segment):
+            return
+        _remove_used(folder, _wanted(folder))
+
+
+def _is_behind(folder: Path, made: int) -> bool:
+    """Whether a segment is wanted that was made and removed: training went back."""
+    wanted = _wanted(folder)
+    return wanted <= made and not (folder / _name(wanted)).exists()
 
 
 def _report(folder: Path, sentence: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from pipeline import artifact
+from pipeline import artifact, interruption
 from pipeline.corpus import SPLITS, Corpus, Document, Reader, split_of_digest
 from pipeline.encoder import Encoder, OpenEncoder
 from pipeline.recipe import InputError
@@ -322,7 +322,8 @@ def _start_worker(counter: Any, parent: int) -> None:
     global _counter
     _counter = counter
     end_with(parent)  # its id as it says itself: it may be gone by now
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent too
+    for number in interruption.SIGNALS:  # sent to the whole group, they are for the parent
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _work_on(file: Path, place: Path, made_from: dict, shard: Shard) -> None:

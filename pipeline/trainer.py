@@ -4,13 +4,13 @@ What stays Trainer's: the loop, devices, mixed precision, clipping, reporters. W
 and why stands at each method.
 """
 
-import contextlib
+import functools
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import trainer as trainer_module
 from transformers.trainer_callback import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -26,32 +27,32 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import artifact, checkpoint
+from pipeline import artifact, checkpoint, interruption, resumption
+from pipeline.arguments import device_name, is_out_of_memory, out_of_memory_sentence
 from pipeline.blocks import HeldOutBatches, Rows, collate
-from pipeline.callbacks import (
-    PerplexityCallback,
-    SampleCallback,
-    Stopwatch,
-    TrainingProgressCallback,
-)
+from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
+from pipeline.clock import Clock
 from pipeline.generation import continuation
+from pipeline.guard import Guard, NonFinite, wrong_rows
 from pipeline.lr_schedule import schedule
 from pipeline.model import load_model, parameter_count
 from pipeline.perplexity import Score, bits_per_byte, perplexity, sum_nats
-from pipeline.recipe import InputError, Recipe, first_line
-from pipeline.row_order import ShuffledPlaces
-from pipeline.run_folder import comparable
+from pipeline.processes import Processes
+from pipeline.recipe import InputError, Recipe, RunFailed, first_line
+from pipeline.row_order import RowOrder
 from pipeline.sources import read_text
 from pipeline.tokenizer import tokenizer_fingerprint
+from pipeline.training_state import TrainingState, tensor_bytes
+from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-# The head is the embedding, stored once and tied when it is loaded: nothing is missing.
-logging.getLogger("transformers.trainer").addFilter(
-    lambda record: (
-        "missing keys in the checkpoint" not in str(record.msg)
-        or "['lm_head.weight']" not in record.getMessage()
-    )
+SAMPLES = "samples.txt"
+ROWS_SHOWN = 8  # of those that are named in a sentence; run_status.json has all
+
+# What differs from the checkpoint is said by us, field by field, and is applied.
+logging.getLogger("transformers.trainer_utils").addFilter(
+    lambda record: "do not match the ones in the `trainer_state.json`" not in str(record.msg)
 )
 
 
@@ -66,6 +67,7 @@ class PretrainingTrainer(Trainer):
         model: GPT2LMHeadModel,
         tokenizer: PreTrainedTokenizerBase,
         blocks: dict[str, Rows],
+        processes: Processes | None = None,
     ) -> None:
         """Join the parts.
 
@@ -73,13 +75,17 @@ class PretrainingTrainer(Trainer):
             InputError: fewer rows than one update needs, or a warm-up beyond the horizon.
         """
         self.recipe = recipe
+        self._processes = processes or Processes(arguments)
         self._staging: Path | None = None
-        self._watch = Stopwatch()
-        self._last_log = (0.0, 0)
-        self._first_step: int | None = None  # the update that this process began with
-        self.compile_seconds = 0.0  # the first update, which compiles
-        self._started = time.perf_counter()
-        self._spent_before: dict[str, float] = {}
+        self._clock = Clock(recipe.tokens_per_update)
+        self._spent: dict[str, float] = {}
+        self._guard = Guard(process_count=self._processes.count)
+        self._watchdog: Watchdog | None = None
+        self._order: RowOrder | None = None
+        self._left_out: set[int] = set()  # rows of updates that were not made
+        self._rollbacks = 0
+        self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
+        self._saved_step: int | None = None
         self._fingerprints = {
             "rows": blocks["train"].fingerprint,
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -110,46 +116,224 @@ class PretrainingTrainer(Trainer):
         for line in self._derived():
             logger.info("%s", line)
         self._join_callbacks(tokenizer)
+        self._training_state = TrainingState(self)
+        folder, keep = Path(arguments.output_dir), arguments.save_total_limit
+        self._writer = checkpoint.Writer(folder, keep=keep)
 
-    def train_from(self, resume: str) -> None:
+    def train_from(
+        self,
+        resume: str,
+        *,
+        allow_change: Collection[str] = (),
+        find: Callable[[], Path | None] | None = None,
+        last_words: Callable[[str], None] = lambda why: None,
+    ) -> None:
         """Train, from the checkpoint that `--resume auto|must|never|PATH` means, to the end.
 
-        Raises:
-            InputError: there is no such checkpoint, or the device's memory does not suffice.
-        """
-        found = checkpoint.chosen(Path(self.args.output_dir), resume)
-        if found is not None:
-            manifest = artifact.read_manifest(found)
-            changes = artifact.differences(manifest["made_from"], self._origin())
-            if changes:
-                raise InputError(
-                    f"{found}: is a checkpoint of another run ({'; '.join(changes)}); resume it "
-                    "with its own recipe and text, or start anew in another --training.output_dir"
-                )
-            logger.info("resuming from %s", found)
-            self._spent_before = manifest["facts"]
-            if self._has_ended(found):
-                return
-        self._started = time.perf_counter()
-        try:
-            self.train(resume_from_checkpoint=str(found) if found else None)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise InputError(_out_of_memory_sentence(self.recipe, self.args)) from None
-        self._watch.pause()
+        Args:
+            resume: auto, must, never or a path.
+            allow_change: fields that may differ from the checkpoint's, refused otherwise.
+            find: returns that checkpoint, verified, in the main process (default: look for it).
+            last_words: called with what happened before a process that hangs is ended.
 
-    def _has_ended(self, found: Path) -> bool:
+        Raises:
+            InputError: there is no such checkpoint, it is another run's, the disk has no room for
+                the checkpoints, or the device's memory does not suffice.
+            RunFailed: a loss or gradient is not finite, and there are no rollbacks left.
+            Preempted: the run was asked to stop, and has saved a checkpoint.
+        """
+        folder = Path(self.args.output_dir)
+        find = find or functools.partial(checkpoint.chosen, folder, resume)
+        found = self._processes.told(lambda: self._checked(find(), resume, allow_change))
+        self._take_up(found)
+        if self._has_ended(found):
+            return
+        self._processes.told(lambda: self._check_room(found))
+        if any(self._processes.gathered(interruption.reason() is not None)):
+            raise interruption.Preempted(interruption.reason())
+        watched = Watchdog(
+            self.recipe.faults.hang_seconds,
+            rank=self._processes.rank, count=self._processes.count, last_words=last_words,
+        )  # fmt: skip
+        with interruption.deferred(), watched as self._watchdog:
+            self._train_with_rollbacks(found)
+        self._spent = self._clock.spent(self.state.global_step)
+
+    def _train_with_rollbacks(self, found: Path | None) -> None:
+        while True:
+            try:
+                self.train(resume_from_checkpoint=str(found) if found else None)
+                self._processes.end_vote()
+                self._finish_writing()
+                return
+            except NonFinite as fault:
+                self._end_progress()
+                found = self._place_before(fault)
+                self._take_up(found)
+            except interruption.Preempted:
+                self._end_progress()
+                raise
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(out_of_memory_sentence(self.recipe, self.args)) from None
+
+    def _checked(
+        self, found: Path | None, resume: str, allow_change: Collection[str]
+    ) -> Path | None:
+        """Say what differs from the checkpoint, and return it if that may be."""
+        folder = Path(self.args.output_dir)
+        if found is None:
+            if resume in ("auto", "must") and checkpoint.checkpoints(folder):
+                logger.warning("no checkpoint in %s is whole: starting afresh", folder)
+            return None
+        manifest = artifact.read_manifest(found)
+        was, now = manifest["made_from"], self._origin()
+        changes = resumption.changes(
+            {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest["versions"]},
+            {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
+        )
+        resumption.check_allowed(changes, allow_change)
+        if left := resumption.refused(changes, allow_change):
+            raise InputError(
+                f"{found}: is a checkpoint of another run: {resumption.sentence(left)}; else "
+                "resume it with its own recipe and text, or start anew in another "
+                "--training.output_dir"
+            )
+        if (at := checkpoint.step_of(found) or 0) > self._horizon:
+            raise InputError(
+                f"{found}: has made {at} updates, and the recipe asks for {self._horizon}; give "
+                "more training.max_steps, or name an earlier checkpoint with --resume"
+            )
+        logger.info("resuming from %s", found)
+        for change in changes:
+            how = "allowed, and applied" if change.kind == "refused" else change.kind
+            logger.info("  differs from the checkpoint: %s (%s)", change.text, how)
+        return found
+
+    def _take_up(self, found: Path | None) -> None:
+        """Take over what a checkpoint says of the run so far; without one the run is new."""
+        if found is not None and not all(self._processes.gathered(found.is_dir())):
+            raise InputError(
+                f"{found}: not every machine sees it; --training.output_dir must be a folder that "
+                "all of them share"
+            )
+        self._resumed = artifact.read_manifest(found)["facts"] if found else {}
+        self._left_out |= set(self._resumed.get("left_out", []))
+        self._rollbacks = max(self._rollbacks, self._resumed.get("rollbacks", 0))
+        self._clock = Clock(self.recipe.tokens_per_update, self._resumed)
+        self._saved_step = None
+        self.optimizer = self.lr_scheduler = None
+        samples = Path(self.args.output_dir) / SAMPLES
+        if self._processes.is_main and samples.exists():
+            size = self._resumed.get("samples_bytes", 0)
+            if samples.stat().st_size > size:  # written after the checkpoint, and to come again
+                os.truncate(samples, size)
+
+    def _has_ended(self, found: Path | None) -> bool:
         """Load a checkpoint of the last update; Trainer would train another one after it."""
+        if found is None:
+            return False
         state = TrainerState.load_from_json(str(found / "trainer_state.json"))
         control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        if state.global_step < self.args.max_steps and not control.get("should_training_stop"):
+        stopped_early = control.get("should_training_stop") and state.global_step < state.max_steps
+        if state.global_step < self._horizon and not stopped_early:
             return False
         self.state = state
         best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
         wanted = best if self.args.load_best_model_at_end and best.is_dir() else found
         self._load_from_checkpoint(str(wanted))
+        self._spent = self._clock.spent(state.global_step)
         return True
+
+    def _check_room(self, found: Path | None) -> None:
+        folder, arguments = Path(self.args.output_dir), self.args
+        # Weights and, of AdamW, two moments of each.
+        size = 3 * sum(tensor_bytes(parameter) for parameter in self.model.parameters())
+        if found is not None:
+            size = sum(f["size"] for f in artifact.read_manifest(found)["files"].values())
+        there = len(checkpoint.checkpoints(folder))
+        if arguments.save_total_limit is not None:
+            # An old one goes when the new one is whole.
+            count = arguments.save_total_limit + 1 + bool(arguments.metric_for_best_model) - there
+        else:
+            every = {"epoch": self._updates_per_epoch, "no": self._horizon}.get(
+                arguments.save_strategy, arguments.save_steps
+            )
+            every = every if every >= 1 else math.ceil(every * self._horizon)
+            done = checkpoint.step_of(found) or 0 if found else 0
+            count = math.ceil((self._horizon - done) / every)
+        checkpoint.check_room(folder, size=size, count=max(0, count))
+
+    def _place_before(self, fault: NonFinite) -> Path:
+        """Return the checkpoint to go back to after an update that could not be made.
+
+        Raises:
+            RunFailed: none is left, or the recipe wants no more rollbacks.
+        """
+        rows = self._rows_of(fault.step)
+        own = rows[self._processes.rank :: self._processes.count]
+        model = self.model
+        alone = []
+        if not self._is_sharded:
+            batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
+            alone = sorted(sum(self._processes.gathered(wrong_rows(model, batches)), []))
+        named = ", ".join(map(str, (alone or rows)[:ROWS_SHOWN]))
+        named += ", ..." if len(alone or rows) > ROWS_SHOWN else ""
+        sentence = f"{fault}; it was not made. " + (
+            f"Of its {len(rows)} rows {len(alone)} give such a loss by themselves: {named}"
+            if alone
+            else f"None of its {len(rows)} rows gives such a loss by itself (they are {named}): "
+            "see to the learning rate, the clipping and the precision"
+        )
+        self._writer.wait()
+        found = self._processes.told(lambda: checkpoint.newest_whole(Path(self.args.output_dir)))
+        limit = self.recipe.faults.rollbacks
+        if found is None or self._rollbacks >= limit or len(rows) * 2 > len(self.train_dataset):
+            why = "there is no whole checkpoint to go back to" if found is None and limit else (
+                f"faults.rollbacks is {limit}" + (", all used" if limit else "")
+            )  # fmt: skip
+            raise RunFailed(f"{sentence}; {why}") from None
+        self._rollbacks += 1
+        self._left_out |= set(rows)
+        logger.error(
+            "%s. Going back to %s, without these rows from here on (%d of %d)",
+            sentence, found, self._rollbacks, limit,
+        )  # fmt: skip
+        return found
+
+    def _rows_of(self, step: int) -> list[int]:
+        """Return the rows of an update, counted from 1."""
+        epoch, update = divmod(step - 1, self._updates_per_epoch)
+        start = update * self._rows_per_update
+        return self._order.rows(epoch, start, start + self._rows_per_update).tolist()
+
+    def _finish_writing(self) -> None:
+        """Wait for the last checkpoint; the others wait for the main process."""
+        self._writer.wait()
+        self.accelerator.wait_for_everyone()
+
+    def _end_progress(self) -> None:
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    @property
+    def _rows_per_update(self) -> int:
+        return self.recipe.tokens_per_update // self.recipe.data.block_size
+
+    @property
+    def _updates_per_epoch(self) -> int:
+        return len(self.train_dataset) // self._rows_per_update
+
+    @property
+    def _horizon(self) -> int:
+        """The update with which the run ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -157,14 +341,19 @@ class PretrainingTrainer(Trainer):
         return self.state.log_history
 
     def save_result(self) -> None:
-        """Write model and tokenizer into the run folder, each file whole or as it was."""
+        """Write model and tokenizer into the run folder, each file whole or as it was.
+
+        Raises:
+            InputError: the disk is full.
+        """
         folder = Path(self.args.output_dir)
-        staging = folder / "_staging-result"
-        self.save_model(str(staging))
-        if self.args.should_save:
-            for path in staging.iterdir():
-                os.replace(path, folder / path.name)
-            staging.rmdir()
+        staging = folder / f"{artifact.STAGING}result"
+        with artifact.full_disk_said(folder):
+            self.save_model(str(staging))
+            if self.args.should_save:
+                for path in staging.iterdir():
+                    os.replace(path, folder / path.name)
+                staging.rmdir()
         self.accelerator.wait_for_everyone()
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
@@ -201,7 +390,7 @@ class PretrainingTrainer(Trainer):
             "parameters": parameter_count(self.model),
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
-            "device": _device_name(self.args.device),
+            "device": device_name(self.args.device),
             "precision": self.recipe.precision,
             "block_size": self.recipe.data.block_size,
         }
@@ -217,19 +406,19 @@ class PretrainingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add perplexity, bits per byte, tokens and speed: here they reach every reporter."""
-        logs["tokens_seen"] = self.state.global_step * self.recipe.tokens_per_update
-        logs["tokens_per_second"] = self.tokens_per_second
+        logs["tokens_seen"] = self._tokens_seen
+        step = self.state.global_step
+        logs["tokens_per_second"] = self._clock.rate(step)
         if "loss" in logs:
             logs["perplexity"] = perplexity(logs["loss"])
             # By the training text's average: counting the bytes of each window would cost a sync.
             logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
-            (seconds, step), now = self._last_log, self._watch.seconds
-            self._last_log = (now, self.state.global_step)
-            if self.state.global_step > step:
-                updates = self.state.global_step - step
-                logs["tokens_per_second"] = (
-                    updates * self.recipe.tokens_per_update / (now - seconds)
-                )
+            logs["tokens_per_second"] = self._clock.rate_since_last(step)
+        if "train_runtime" in logs:  # of the whole run, not of what came after a resume
+            seconds = self._clock.spent(step)["train_seconds"]
+            logs["train_runtime"] = seconds
+            logs["train_steps_per_second"] = step / seconds
+            logs["train_samples_per_second"] = step * self._rows_per_update / seconds
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
@@ -237,35 +426,90 @@ class PretrainingTrainer(Trainer):
 
         Trainer would end each epoch in a smaller update, and `tokens_per_update` were not kept.
         """
-        if self.train_dataset.is_stream:  # it comes shuffled
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-        rows = len(train_dataset if train_dataset is not None else self.train_dataset)
-        per_update = self.recipe.tokens_per_update // self.recipe.data.block_size
+        rows = len(self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledPlaces(rows, rows // per_update * per_update, seed)
+        self._order = RowOrder(
+            rows,
+            rows // self._rows_per_update * self._rows_per_update,
+            None if self.train_dataset.is_stream else seed,  # a stream comes shuffled
+            left_out=self._left_out,
+        )
+        return self._order
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Log, evaluate and save as often as the recipe says now, not as the checkpoint did."""
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Begin the epoch of a resumed run at its place, and the logged window where it was.
+
+        Trainer would walk to that place row by row, and begin an empty window.
+        """
+        if self.args.dataloader_num_workers:
+            self._writer.wait()  # workers are forked, and must not inherit a half-written file
+        if not self._resumed or kwargs["epoch"] != kwargs["epochs_trained"]:
+            return super()._run_epoch(**kwargs)
+        windows = self._resumed.get("loss_windows", [0.0])
+        same = len(windows) == self._processes.count
+        window = windows[self._processes.rank] if same else sum(windows) / len(windows)
+        self._tr_loss += window
+        self._globalstep_last_logged = self._resumed.get("last_logged_step", 0)
+        self._total_loss_scalar = self._resumed.get("total_loss", 0.0)
+        self._initial_global_step = 0
+
+        def found(loader: Any, batches: int) -> Any:
+            self._order.start_at(batches * self.args.train_batch_size * self._processes.count)
+            return loader
+
+        walk, trainer_module.skip_first_batches = trainer_module.skip_first_batches, found
+        try:
+            return super()._run_epoch(**kwargs)
+        finally:
+            trainer_module.skip_first_batches = walk
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Time the first update apart: it holds the compilation."""
-        if self._first_step is None:
-            self._first_step = self.state.global_step
-        if self.state.global_step > self._first_step:
+        """Time the first update apart (it holds the compilation), and show that we are alive."""
+        step = self.state.global_step
+        if self._watchdog is not None:
+            self._watchdog.beat(f"update {step + 1}")
+        with self._clock.batch(step):
             return super().training_step(*args, **kwargs)
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self.compile_seconds += time.perf_counter() - started
-        self._watch = Stopwatch()
-        self._last_log = (0.0, self._first_step + 1)
-        return loss
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens trained on per second of updates, without compilation, evaluation and saving."""
-        if self._first_step is None:  # nothing has been trained here yet
-            return 0.0
-        updates = self.state.global_step - self._first_step - 1
-        if updates < 1:
-            return self.recipe.tokens_per_update / self.compile_seconds
-        return updates * self.recipe.tokens_per_update / self._watch.seconds
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Look at what the update would be made of; this is the last call before it is made."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._guard.look(
+            self.state.global_step + 1,
+            grad_norm=norm,
+            loss=self._tr_loss,
+            optimizer=self.optimizer.optimizer,
+            is_scaled=self.accelerator.scaler is not None,
+        )
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save; then stop, if any process was asked to.
+
+        An evaluation that is due is made first: a resumed run would not make it again.
+
+        Raises:
+            Preempted: in all processes after the same update, when it is saved.
+        """
+        control = self.control
+        stop = self._processes.any_of(interruption.reason() is not None)
+        if stop:
+            control.should_save = True
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._guard.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stop:
+            self._finish_writing()
+            raise interruption.Preempted(
+                f"{interruption.reason() or 'another process was asked to stop'}, "
+                f"after update {self.state.global_step}"
+            )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
         """Batches that score each token once: a DataLoader repeats rows to even out processes."""
@@ -287,6 +531,8 @@ class PretrainingTrainer(Trainer):
         """Sum nats and divide once: Trainer averages the means of batches of unequal size."""
 
         def show_progress() -> None:
+            if self._watchdog is not None:
+                self._watchdog.beat(f"the evaluation after update {self.state.global_step}")
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -303,36 +549,94 @@ class PretrainingTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Leave the random state as it was, so that evaluating more often changes no weight."""
-        with self._paused(), torch.random.fork_rng(devices=self._rng_devices()):
+        with self._clock.paused(), torch.random.fork_rng(devices=self._rng_devices()):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Stage, sync, rename, and only then remove an old one."""
-        with self._paused():
-            folder = Path(self.args.output_dir)
-            name = f"checkpoint-{self.state.global_step}"
-            self._staging = folder / "_staging"
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                staging, self._staging = self._staging, None
-            self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:  # by its number: a run folder may have been moved
-                best = folder / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                artifact.commit(staging / name, folder / name, self._origin(), self._spent)
-                shutil.rmtree(staging)
-                checkpoint.rotate(
-                    folder,
-                    keep=self.args.save_total_limit,
-                    best=self.state.best_model_checkpoint,
-                )
-            self.accelerator.wait_for_everyone()
+        """Copy what a checkpoint holds; a thread writes it while training goes on."""
+        if self._saved_step == self.state.global_step:
+            return
+        self._saved_step = self.state.global_step
+        folder = Path(self.args.output_dir)
+        if self.state.best_global_step:  # by its number: a run folder may have been moved
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        with self._clock.paused():
+            if self._watchdog is not None:
+                self._watchdog.beat(f"saving after update {self.state.global_step}")
+            if self._is_sharded:
+                self._save_shards(model, trial)
+                return
+            windows = self._processes.gathered(self._tr_loss.item())
+            random_states = self._processes.gathered(self._training_state.random_state())
+            if self._processes.is_main:
+                self._writer.wait()  # it reads the copy that is about to be overwritten
+                files, size = self._training_state.files(random_states)
+                contents = checkpoint.Contents(files, size, self._origin(), self._facts(windows))
+                self._writer.write(self.state.global_step, contents, best=self._best)
+
+    def _save_shards(self, model: torch.nn.Module, trial: Any) -> None:
+        """Stage what each process holds, sync, rename; training waits for it."""
+        started, folder = time.perf_counter(), Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = folder / f"{artifact.STAGING}shards"
+        if self._processes.is_main:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        windows = self._processes.gathered(self._tr_loss.item())
+        if self._processes.is_main:
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            artifact.commit(staging / name, folder / name, self._origin(), self._facts(windows))
+            shutil.rmtree(staging)
+            checkpoint.rotate(folder, keep=self.args.save_total_limit, best=self._best)
+            logger.info("saved %s; training waited %.1f s", name, time.perf_counter() - started)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _best(self) -> Path | None:
+        best = self.state.best_model_checkpoint
+        return Path(best) if best else None
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint when it is written, and if it is whole."""
+        self._finish_writing()
+        wrong = self._processes.told(lambda: artifact.damage(self._best))
+        if wrong:
+            logger.error("the best checkpoint is lost: %s; the result is the last update's", wrong)
+        else:
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights from safetensors and nothing else; Trainer takes pickles as well."""
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._training_state.put_back_weights(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, with the recipe's rates; Trainer goes on without a word if one is gone."""
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            self._training_state.put_back_optimizer(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators, also with another number of processes."""
+        if self._is_sharded:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            self._training_state.put_back_random_state(Path(checkpoint))
+
+    def _load_callback_state(self) -> None:
+        """Go on counting evaluations without a better loss, with the recipe's patience."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.recipe.evaluation.early_stopping_patience
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -370,36 +674,44 @@ class PretrainingTrainer(Trainer):
         rows = batches.dataset
         return Score(nats=nats, tokens=rows.scored_tokens, bytes=rows.scored_bytes)
 
-    def _origin(self) -> dict[str, Any]:
-        return {"recipe": comparable(self.recipe), **self._fingerprints}
-
     @property
-    def _spent(self) -> dict[str, float]:
-        """Seconds and updates up to now, those before a resume included."""
-        before = self._spent_before
-        seconds = self._watch.seconds + before.get("update_seconds", 0.0)
-        updates = before.get("timed_updates", 0)
-        train_seconds = before.get("train_seconds", 0.0)
-        if self._first_step is not None:
-            updates += max(0, self.state.global_step - self._first_step - 1)
-            train_seconds += time.perf_counter() - self._started
-        rate = updates * self.recipe.tokens_per_update / seconds if updates else 0.0
+    def _tokens_seen(self) -> int:
+        # An update that was allowed to be of another size does not change those before it.
+        step, tokens = (self._resumed.get(name, 0) for name in ("step", "tokens"))
+        return tokens + (self.state.global_step - step) * self.recipe.tokens_per_update
+
+    def _origin(self) -> dict[str, Any]:
+        """Return what made a checkpoint, to be compared with what goes on from it."""
         return {
-            "train_seconds": train_seconds,
-            "compile_seconds": before.get("compile_seconds", 0.0) + self.compile_seconds,
-            "update_seconds": seconds,
-            "timed_updates": updates,
-            "tokens_per_second": rate or self.tokens_per_second,
+            "recipe": resumption.described(self.recipe),
+            "rows": self._fingerprints["rows"],
+            "tokenizer_fingerprint": self._fingerprints["tokenizer"],
+            "processes": {
+                "count": self._processes.count,
+                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            },
+            "horizon": self._horizon,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _facts(self, windows: list[float]) -> dict[str, Any]:
+        """Return what a run that goes on from here has to know besides Trainer's own state."""
+        samples = Path(self.args.output_dir) / SAMPLES
+        return self._clock.spent(self.state.global_step) | {
+            "step": self.state.global_step,
+            "tokens": self._tokens_seen,
+            "loss_windows": windows,
+            "last_logged_step": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "samples_bytes": samples.stat().st_size if samples.exists() else 0,
+            "left_out": sorted(self._left_out),
+            "rollbacks": self._rollbacks,
         }
 
     def _derived(self) -> list[str]:
         """Say what followed from the recipe, the data and the machine."""
         config, arguments, rows = self.model.config, self.args, len(self.train_dataset)
-        block_size = self.recipe.data.block_size
-        per_update = self.recipe.tokens_per_update // block_size
-        updates = arguments.max_steps
-        if updates < 0:
-            updates = math.ceil(arguments.num_train_epochs * (rows // per_update))
+        block_size, updates = self.recipe.data.block_size, self._horizon
         return [
             f"model: {parameter_count(self.model):,} parameters, vocabulary {config.vocab_size:,}, "
             f"{config.n_positions:,} positions, end-of-text is id {config.eos_token_id}",
@@ -411,23 +723,15 @@ class PretrainingTrainer(Trainer):
             + (
                 "streamed"
                 if self.train_dataset.is_stream
-                else f"{updates * per_update / rows:.2f} times the training text"
+                else f"{updates * self._rows_per_update / rows:.2f} times the training text"
             ),
-            f"machine: {_device_name(arguments.device)}, {torch.get_num_threads()} threads, "
+            f"machine: {device_name(arguments.device)}, {torch.get_num_threads()} threads, "
             f"{self.recipe.precision}, {'' if arguments.torch_compile else 'not '}compiled"
             + (" (the first update takes longer)" if arguments.torch_compile else ""),
         ]
 
     def _rng_devices(self) -> list[torch.device]:
         return [self.args.device] if self.args.device.type == "cuda" else []
-
-    @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        self._watch.pause()
-        try:
-            yield
-        finally:
-            self._watch.resume()
 
     def _join_callbacks(self, tokenizer: PreTrainedTokenizerBase) -> None:
         section, arguments = self.recipe.evaluation, self.args
@@ -447,32 +751,7 @@ class PretrainingTrainer(Trainer):
                 PerplexityCallback(texts, batch_size=arguments.eval_batch_size, log=self.log)
             )
         if self.recipe.generation.prompts:
-            samples = Path(arguments.output_dir) / "samples.txt"
+            samples = Path(arguments.output_dir) / SAMPLES
             self.add_callback(SampleCallback(self.recipe.generation, tokenizer, samples))
         if section.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(section.early_stopping_patience))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error)  # the CPU allocator's RuntimeError
-
-
-def _out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:
-    batch = arguments.per_device_train_batch_size
-    smaller = next((b for b in range(batch // 2, 0, -1) if batch % b == 0), None)
-    remedy = "a smaller data.block_size or model.config"
-    if smaller:
-        remedy = (
-            f"--training.per_device_train_batch_size {smaller} (the update stays the same, "
-            f"accumulation makes up for it), or {remedy}"
-        )
-    return (
-        f"out of memory on {_device_name(arguments.device)} with {batch} rows of "
-        f"{recipe.data.block_size} tokens at once; try {remedy}"
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

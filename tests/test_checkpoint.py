@@ -57,7 +57,7 @@ def test_rotation_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path):
     for name in ("checkpoint-best", "checkpoint-5"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("mine")
-    checkpoint.rotate(tmp_path, keep=2, best=str(tmp_path / "checkpoint-10"))
+    checkpoint.rotate(tmp_path, keep=2, best=tmp_path / "checkpoint-10")
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {
         "checkpoint-10", "checkpoint-40", "checkpoint-50", "checkpoint-best", "checkpoint-5"

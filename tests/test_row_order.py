@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from pipeline.row_order import PLACES_AT_ONCE, ShuffledPlaces, permuted
+from pipeline.row_order import PLACES_AT_ONCE, RowOrder, permuted
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_neighbours_are_torn_apart():
 
 @pytest.mark.parametrize("taken", [0, 1, 400, 499, 500])
 def test_a_sampler_has_a_length_and_takes_no_row_twice_in_an_epoch(taken):
-    sampler = ShuffledPlaces(500, taken, 3)
+    sampler = RowOrder(500, taken, 3)
     epochs = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -92,26 +92,26 @@ def test_a_sampler_has_a_length_and_takes_no_row_twice_in_an_epoch(taken):
 
 
 def test_two_samplers_of_one_seed_agree_in_every_epoch():
-    one, two, other = (ShuffledPlaces(70, 64, seed) for seed in (5, 5, 6))
+    one, two, other = (RowOrder(70, 64, seed) for seed in (5, 5, 6))
     assert list(one) == list(two) != list(other)
     two.set_epoch(1)
     assert list(one) != list(two)
     one.set_epoch(1)
     assert list(one) == list(two) == list(two)
     one.set_epoch(0)
-    assert list(one) == list(ShuffledPlaces(70, 64, 5))
+    assert list(one) == list(RowOrder(70, 64, 5))
 
 
 def test_the_order_does_not_depend_on_how_many_are_taken_at_once(monkeypatch):
-    expected = list(ShuffledPlaces(1000, 990, 2))
+    expected = list(RowOrder(1000, 990, 2))
     for size in (1, 7, 990, 991):
         monkeypatch.setattr("pipeline.row_order.PLACES_AT_ONCE", size)
-        assert list(ShuffledPlaces(1000, 990, 2)) == expected
+        assert list(RowOrder(1000, 990, 2)) == expected
 
 
 def test_memory_stays_flat_for_a_billion_rows():
     """A list of them would be 8 GB; what is walked is only one stretch at a time."""
-    sampler = ShuffledPlaces(10**9, 10**9 - 5, 0)
+    sampler = RowOrder(10**9, 10**9 - 5, 0)
     assert len(sampler) == 10**9 - 5
     tracemalloc.start()
     try:

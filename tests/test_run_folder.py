@@ -5,12 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import pretrain, run_folder
 from pipeline.command_line import PretrainOptions
+from pipeline.interruption import Preempted
+from pipeline.processes import Processes
 from pipeline.recipe import InputError, read_recipe
+
+ALONE = Processes(SimpleNamespace(process_index=0, world_size=1))
 
 
 def recipe_for(path, folder, **overrides):
@@ -30,7 +35,7 @@ def claim(recipe, **options):
 
 
 def opened(recipe, **options):
-    return run_folder.opened(recipe, PretrainOptions(**options), is_main_process=True)
+    return run_folder.opened(recipe, PretrainOptions(**options), ALONE)
 
 
 def contents(folder):
@@ -49,8 +54,8 @@ def test_a_finished_identical_run_is_finished_wherever_it_was_moved(run_copy):
 
 def test_another_run_is_refused_with_the_difference(run_copy):
     before = contents(run_copy)
-    with pytest.raises(InputError, match=r"training\.max_steps: 20 -> 30.*--overwrite"):
-        with opened(saved(run_copy, training__max_steps=30)):
+    with pytest.raises(InputError, match=r"training\.seed: null -> 3 \(the rows.*--overwrite"):
+        with opened(saved(run_copy, training__seed=3)):
             pass
     assert contents(run_copy) == before
 
@@ -126,10 +131,10 @@ def test_a_mistake_in_a_new_folder_leaves_its_reason(smoke_recipe, tmp_path):
 def test_an_interrupted_run_says_how_it_goes_on(smoke_recipe, tmp_path, caplog):
     recipe = recipe_for(smoke_recipe, tmp_path)
     caplog.set_level("INFO", "pipeline")
-    with pytest.raises(KeyboardInterrupt), opened(recipe) as run:
+    with pytest.raises(Preempted), opened(recipe) as run:
         run.begin(recipe)
         raise KeyboardInterrupt
-    assert run_folder.read_status(tmp_path)["state"] == "interrupted"
+    assert run_folder.read_status(tmp_path)["state"] == "preempted"
     assert "the same command goes on anew" in caplog.text
 
 
@@ -170,10 +175,12 @@ def test_two_at_once_in_one_folder(smoke_recipe, tmp_path):
     """The second is refused while the first lives, however early it is in its work."""
     code = (
         "import sys, time; from pathlib import Path; from pipeline import run_folder\n"
+        "from types import SimpleNamespace; from pipeline.processes import Processes\n"
         "from pipeline.command_line import PretrainOptions\n"
         "from pipeline.recipe import read_recipe\n"
+        "alone = Processes(SimpleNamespace(process_index=0, world_size=1))\n"
         "recipe = read_recipe(Path(sys.argv[1]), {'training.output_dir': sys.argv[2]})\n"
-        "with run_folder.opened(recipe, PretrainOptions(), is_main_process=True):\n"
+        "with run_folder.opened(recipe, PretrainOptions(), alone):\n"
         "    print('in', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(

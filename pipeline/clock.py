@@ -1,0 +1,93 @@
+"""Where the time of a run goes: updates apart from compilation, evaluation and saving."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+
+class Clock:
+    """Counts the seconds of one run, those before a resume included.
+
+    Attributes:
+        first_step: the update after which this process began, None before its first one.
+        compile_seconds: what its first update took: it holds the compilation.
+    """
+
+    def __init__(self, tokens_per_update: int, before: dict[str, Any] | None = None) -> None:
+        """Begin to count; `before` is the `spent` of the checkpoint that the run goes on from."""
+        self._tokens_per_update, self._before = tokens_per_update, before or {}
+        self.compile_seconds = 0.0
+        self.first_step: int | None = None
+        self._last_log = (0.0, 0)
+        self._started = self._updates_started = time.perf_counter()
+        self._paused_at: float | None = None
+        self._left_out = 0.0
+
+    @contextlib.contextmanager
+    def batch(self, step: int) -> Iterator[None]:
+        """Go through a batch of the update after `step`; the first update counts apart."""
+        if self.first_step is None:
+            self.first_step = step
+        if step > self.first_step:
+            yield
+            return
+        started = time.perf_counter()
+        yield
+        self.compile_seconds += time.perf_counter() - started
+        self._updates_started, self._left_out = time.perf_counter(), 0.0
+        self._last_log = (0.0, self.first_step + 1)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is no update."""
+        self.pause()
+        try:
+            yield
+        finally:
+            if self._paused_at is not None:
+                self._left_out += time.perf_counter() - self._paused_at
+                self._paused_at = None
+
+    def pause(self) -> None:
+        """Stop counting updates (again: no effect)."""
+        self._paused_at = self._paused_at or time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Return tokens per second of updates since this process began."""
+        if self.first_step is None:  # nothing has been trained here yet
+            return 0.0
+        updates = step - self.first_step - 1
+        if updates < 1:
+            return self._tokens_per_update / self.compile_seconds
+        return updates * self._tokens_per_update / self._update_seconds
+
+    def rate_since_last(self, step: int) -> float:
+        """Return tokens per second of updates since this was last asked."""
+        (seconds, last), now = self._last_log, self._update_seconds
+        self._last_log = (now, step)
+        if step <= last:
+            return self.rate(step)
+        return (step - last) * self._tokens_per_update / (now - seconds)
+
+    def spent(self, step: int) -> dict[str, float]:
+        """Return seconds and updates up to now, those before a resume included."""
+        before = self._before
+        seconds = self._update_seconds + before.get("update_seconds", 0.0)
+        updates = before.get("timed_updates", 0)
+        train_seconds = before.get("train_seconds", 0.0)
+        if self.first_step is not None:
+            updates += max(0, step - self.first_step - 1)
+            train_seconds += time.perf_counter() - self._started
+        rate = updates * self._tokens_per_update / seconds if updates else 0.0
+        return {
+            "train_seconds": train_seconds,
+            "compile_seconds": before.get("compile_seconds", 0.0) + self.compile_seconds,
+            "update_seconds": seconds,
+            "timed_updates": updates,
+            "tokens_per_second": rate or self.rate(step),
+        }
+
+    @property
+    def _update_seconds(self) -> float:
+        return (self._paused_at or time.perf_counter()) - self._updates_started - self._left_out

@@ -1,0 +1,89 @@
+"""What the processes of one run tell each other: one decides and the others hear of it."""
+
+import datetime
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from pipeline.recipe import InputError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that train together, seen from one of them.
+
+    Attributes:
+        rank: which one this is, from 0; 0 is the main process.
+        count: how many there are.
+    """
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        """Take them as `TrainingArguments` has set them up."""
+        self.rank, self.count = arguments.process_index, arguments.world_size
+        self._group: dist.ProcessGroup | None = None
+        self._vote: tuple[dist.Work, torch.Tensor] | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes, prints and decides."""
+        return self.rank == 0
+
+    def told(self, decide: Callable[[], T]) -> T:
+        """Return in every process what `decide` returns in the main one.
+
+        Raises:
+            InputError: the main process raised it; then all do.
+        """
+        if self.count == 1:
+            return decide()
+        said: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                said = [decide(), None]
+            except InputError as error:
+                said = [None, str(error)]
+        broadcast_object_list(said, from_process=0)
+        if said[1] is not None:
+            raise InputError(said[1])
+        return said[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return every process's value, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether any process said so, the same in all; of several, one call later.
+
+        The votes travel between the hosts while the devices compute: waiting for them at once
+        would cost every update a round trip.
+        """
+        if self.count == 1:
+            return flag
+        if self._group is None:
+            # Of its own: a vote must not come between the device's collectives.
+            day = datetime.timedelta(days=1)  # a hang is the watchdog's business
+            self._group = dist.new_group(backend="gloo", timeout=day)
+        before, vote = self._vote, torch.tensor([int(flag)])
+        self._vote = (
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group, async_op=True),
+            vote,
+        )
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
+
+    def end_vote(self) -> None:
+        """Wait for the last vote; all processes have voted equally often."""
+        if self._vote is not None:
+            self._vote[0].wait()
+            self._vote = None

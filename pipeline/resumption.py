@@ -1,0 +1,117 @@
+"""What may differ between a checkpoint and the run that goes on from it, and why not.
+
+A difference is harmless (it changes no weight), applied (the rows keep their order, and the run
+goes on with the new value), or refused, unless the person who starts the run allows it by name.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from pipeline import artifact
+from pipeline.recipe import InputError, Recipe
+
+# Where a run lies, how it is shown, when it is saved: nothing of it reaches a weight. Keys of
+# `training:` as TrainingArguments names them; a longer name below one of these counts too.
+HARMLESS = (
+    "data.path", "generation", "evaluation.texts", "faults", "training.output_dir",
+    "training.report_to", "training.run_name", "training.project", "training.trackio",
+    "training.disable_tqdm", "training.log_level", "training.log_on_each_node",
+    "training.logging", "training.save_steps", "training.save_total_limit",
+    "training.save_strategy", "training.dataloader", "training.skip_memory_metrics",
+    "training.ddp_timeout",
+)  # fmt: skip
+
+# These keep the order of rows: a run can go on with the new value.
+APPLIED = (
+    "schedule", "precision", "evaluation", "model.attn_implementation", "model.config.attn_pdrop",
+    "model.config.embd_pdrop", "model.config.resid_pdrop", "training.learning_rate",
+    "training.weight_decay", "training.adam", "training.max_grad_norm", "training.max_steps",
+    "training.num_train_epochs", "training.per_device", "training.torch_compile",
+    "training.gradient_checkpointing", "training.eval", "training.metric_for_best_model",
+    "training.greater_is_better", "training.load_best_model_at_end", "training.use_cpu",
+    "training.tf32", "training.ddp", "horizon", "processes", "threads", "versions",
+)  # fmt: skip
+
+# All other differences are refused; the longest beginning of a key gives the reason.
+REFUSED = {
+    "": "it may change what the run learns",
+    "tokens_per_update": "an update takes other rows: some would be seen twice, others never",
+    "training.seed": "the rows come in another order: some would be seen twice, others never",
+    "training.data_seed": "the rows come in another order: some would be seen twice, others never",
+    "training.optim": "the state of the optimizer is another one's",
+    "data": "the rows are others",
+    "cleaning": "the rows are others",
+    "rows": "the rows are others",
+    "tokenizer": "the same ids mean other text",
+    "model": "the weights are another model's",
+}
+
+# What more of it means that a finished run has something left to do.
+LENGTH = ("training.max_steps", "training.num_train_epochs")
+
+
+class Change(NamedTuple):
+    """One field in which a run differs from what it goes on from."""
+
+    key: str
+    text: str
+    """key: old -> new."""
+    kind: str
+    """harmless, applied or refused."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is refused."""
+        longest = max((key for key in REFUSED if _below(self.key, key)), key=len)
+        return REFUSED[longest]
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Return every leaf in which two nested descriptions of a run differ."""
+    found = []
+    for text in artifact.differences(old, new):
+        key = text.partition(": ")[0]
+        kind = "refused"
+        if any(_below(key, name) for name in HARMLESS):
+            kind = "harmless"
+        elif any(_below(key, name) for name in APPLIED):
+            kind = "applied"
+        found.append(Change(key, text, kind))
+    return found
+
+
+def refused(found: list[Change], allow: Collection[str]) -> list[Change]:
+    """Return the changes that nobody has allowed."""
+    left = [change for change in found if change.kind == "refused"]
+    return [c for c in left if not any(_below(c.key, name) for name in allow)]
+
+
+def check_allowed(found: list[Change], allow: Collection[str]) -> None:
+    """See that what is allowed is what would be refused.
+
+    Raises:
+        InputError: something else is named; most likely it is misspelt.
+    """
+    names = sorted(change.key for change in found if change.kind == "refused")
+    for name in allow:
+        if not any(_below(key, name) for key in names):
+            raise InputError(
+                f"--allow_change {name}: nothing of that name is refused; "
+                + (f"what is: {', '.join(names)}" if names else "leave it out")
+            )
+
+
+def sentence(left: list[Change]) -> str:
+    """Return what is refused and why, and how to allow it."""
+    listed = "; ".join(f"{c.text} ({c.reason})" for c in left)
+    return f"{listed}; to go on all the same add --allow_change {' '.join(c.key for c in left)}"
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe says about a run, defaults included, as plain values."""
+    return recipe.model_dump(mode="json")
+
+
+def _below(key: str, name: str) -> bool:
+    """Whether `key` is `name`, lies below it, or is a longer name of the same beginning."""
+    return key == name or key.startswith((f"{name}.", f"{name}_")) or not name
