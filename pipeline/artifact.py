@@ -116,7 +116,7 @@ def commit(staging: Path, folder: Path, made_from: dict[str, Any], facts: dict[s
         if damage(folder) is None:
             remove(folder)
         else:
-            os.rename(folder, _free_name(folder))
+            os.rename(folder, free_name(folder, "damaged"))
     os.rename(staging, folder)
     _sync(folder.parent)
 
@@ -291,9 +291,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}...{text[-4:]}"
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path, why: str) -> Path:
+    """Return a name beside `folder`, made from it, that nothing has yet."""
     number = 1
-    while (name := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+    while (name := folder.with_name(f"{folder.name}.{why}-{number}")).exists():
         number += 1
     return name
 

@@ -38,9 +38,14 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_whole(run_folder: Path) -> Path | None:
-    """Return the newest whole checkpoint; damaged ones are named, skipped and kept."""
+def newest_whole(run_folder: Path, *, before: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint; damaged ones are named, skipped and kept.
+
+    `before`: only those of earlier updates.
+    """
     for folder in reversed(checkpoints(run_folder)):
+        if before is not None and step_of(folder) >= before:
+            continue
         wrong = artifact.damage(folder)
         if wrong is None:
             return folder
@@ -159,12 +164,33 @@ def rotate(
             artifact.remove(folder)
 
 
-def check_room(run_folder: Path, *, size: int, count: int) -> None:
-    """See that the disk has room for `count` more checkpoints of `size` bytes.
+def set_aside_after(run_folder: Path, step: int) -> None:
+    """Rename the checkpoints after an update, to which a run went back: the next are another's."""
+    for folder in checkpoints(run_folder):
+        if step_of(folder) > step and artifact.damage(folder, contents=False) is None:
+            aside = artifact.free_name(folder, "superseded")
+            os.rename(folder, aside)
+            logger.info("going back to update %d: %s is now %s", step, folder, aside.name)
+
+
+def check_room(
+    run_folder: Path, *, size: int, planned: int, keep: int | None, has_best: bool
+) -> None:
+    """See that the disk has room for the checkpoints to come.
+
+    Args:
+        size: bytes of one.
+        planned: how many will be written.
+        keep: how many of the newest stay (None: all).
+        has_best: whether the best one stays as well.
 
     Raises:
         InputError: it has not.
     """
+    count = planned
+    if keep is not None:  # an old one goes when the new one is whole
+        there = len(checkpoints(run_folder))
+        count = max(0, min(planned, keep + 1 + has_best - there))
     free = shutil.disk_usage(run_folder).free
     if free < count * size:
         raise InputError(

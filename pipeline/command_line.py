@@ -20,6 +20,11 @@ from pipeline.library_fields import LibraryField, model_config_fields, training_
 from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section, Temperature
 
+# What gloo and NCCL say when the process at the other end is gone.
+CONNECTION_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+)  # fmt: skip
+
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
@@ -152,7 +157,8 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
             sys.stderr.write(f"error: {error}\n")
         code = 2
     except RunFailed as error:
-        sys.stderr.write(f"error: {error}\n")
+        if is_main_process:
+            sys.stderr.write(f"error: {error}\n")
         code = 1
     except Preempted:
         code = EXIT_CODE
@@ -164,8 +170,13 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
         code = 0
     except SystemExit:
         raise
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if "RANK" in os.environ and any(words in str(error) for words in CONNECTION_LOST):
+            # It has a traceback of its own; ours would only hide that.
+            rank = os.environ["RANK"]
+            sys.stderr.write(f"process {rank}: ends because another process has ended\n")
+        else:
+            traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.exit(code or 0)

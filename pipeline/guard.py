@@ -6,14 +6,34 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+ROWS_SHOWN = 8
+
 
 class NonFinite(Exception):
     """An update was not made, because its loss or gradient was infinite or not a number."""
 
     def __init__(self, step: int) -> None:
         """`step`: the update, counted from 1."""
-        super().__init__(f"update {step}: the loss or the gradient is not finite")
+        super().__init__(
+            f"update {step} was not made: its loss or gradient is infinite or not a number"
+        )
         self.step = step
+
+    def described(self, rows: list[int], alone: list[int]) -> str:
+        """Return the sentence that names the update's rows, and those that are to blame."""
+        named = ", ".join(map(str, (alone or rows)[:ROWS_SHOWN]))
+        named += ", ..." if len(alone or rows) > ROWS_SHOWN else ""
+        if alone and len(alone) < len(rows):
+            return f"{self}; of its {len(rows)} rows these give it by themselves: {named}"
+        if alone:
+            return (
+                f"{self}; all of its {len(rows)} rows give it ({named}): see to the learning rate "
+                "and to the weights that the run began with"
+            )
+        return (
+            f"{self}; none of its {len(rows)} rows gives it by itself ({named}): see to the "
+            "learning rate, the clipping and the precision"
+        )
 
 
 class _Pending(NamedTuple):

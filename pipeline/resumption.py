@@ -4,11 +4,15 @@ A difference is harmless (it changes no weight), applied (the rows keep their or
 goes on with the new value), or refused, unless the person who starts the run allows it by name.
 """
 
+import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import artifact
 from pipeline.recipe import InputError, Recipe
+
+logger = logging.getLogger(__name__)
 
 # Where a run lies, how it is shown, when it is saved: nothing of it reaches a weight. Keys of
 # `training:` as TrainingArguments names them; a longer name below one of these counts too.
@@ -64,6 +68,42 @@ class Change(NamedTuple):
         """Why it is refused."""
         longest = max((key for key in REFUSED if _below(self.key, key)), key=len)
         return REFUSED[longest]
+
+
+def check(found: Path, now: dict[str, Any], *, horizon: int, allow: Collection[str]) -> int:
+    """Say what differs from a checkpoint, and return the update that it was made after.
+
+    Args:
+        now: what a checkpoint of the run would be made from.
+        horizon: the update with which the run ends.
+        allow: fields that may differ though they are refused otherwise.
+
+    Raises:
+        InputError: something else differs, or the checkpoint is beyond the horizon.
+    """
+    manifest = artifact.read_manifest(found)
+    was = manifest["made_from"]
+    differing = changes(
+        {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest.get("versions")},
+        {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
+    )
+    check_allowed(differing, allow)
+    if left := refused(differing, allow):
+        raise InputError(
+            f"{found}: is a checkpoint of another run: {sentence(left)}; else resume it with its "
+            "own recipe and text, or start anew in another --training.output_dir"
+        )
+    step = manifest["facts"].get("step", 0)
+    if step > horizon:
+        raise InputError(
+            f"{found}: has made {step} updates, and the recipe asks for {horizon}; give more "
+            "training.max_steps, or name an earlier checkpoint with --resume"
+        )
+    logger.info("resuming from %s", found)
+    for change in differing:
+        how = "allowed, and applied" if change.kind == "refused" else change.kind
+        logger.info("  differs from the checkpoint: %s (%s)", change.text, how)
+    return step
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers import trainer as trainer_module
 from transformers.trainer_callback import (
@@ -32,13 +31,13 @@ from pipeline.arguments import device_name, is_out_of_memory, out_of_memory_sent
 from pipeline.blocks import HeldOutBatches, Rows, collate
 from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
 from pipeline.clock import Clock
-from pipeline.generation import continuation
 from pipeline.guard import Guard, NonFinite, wrong_rows
 from pipeline.lr_schedule import schedule
-from pipeline.model import load_model, parameter_count
-from pipeline.perplexity import Score, bits_per_byte, perplexity, sum_nats
+from pipeline.model import parameter_count
+from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, RunFailed, first_line
+from pipeline.results import measured, score
 from pipeline.row_order import RowOrder
 from pipeline.sources import read_text
 from pipeline.tokenizer import tokenizer_fingerprint
@@ -48,7 +47,7 @@ from pipeline.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 SAMPLES = "samples.txt"
-ROWS_SHOWN = 8  # of those that are named in a sentence; run_status.json has all
+ANOTHER_STOPPED = "another process was asked to stop"
 
 # What differs from the checkpoint is said by us, field by field, and is applied.
 logging.getLogger("transformers.trainer_utils").addFilter(
@@ -86,6 +85,8 @@ class PretrainingTrainer(Trainer):
         self._rollbacks = 0
         self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
         self._saved_step: int | None = None
+        self._seen_step: int | None = None  # the last one that could be logged and saved
+        self._is_to_stop = self._owes_save = False
         self._fingerprints = {
             "rows": blocks["train"].fingerprint,
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -144,20 +145,24 @@ class PretrainingTrainer(Trainer):
         """
         folder = Path(self.args.output_dir)
         find = find or functools.partial(checkpoint.chosen, folder, resume)
-        found = self._processes.told(lambda: self._checked(find(), resume, allow_change))
+        found = self._processes.told(lambda: self._chosen(find, resume, allow_change))
         self._take_up(found)
         if self._has_ended(found):
             return
         self._processes.told(lambda: self._check_room(found))
-        if any(self._processes.gathered(interruption.reason() is not None)):
-            raise interruption.Preempted(interruption.reason())
+        self._stop_if_asked()
         watched = Watchdog(
             self.recipe.faults.hang_seconds,
             rank=self._processes.rank, count=self._processes.count, last_words=last_words,
         )  # fmt: skip
         with interruption.deferred(), watched as self._watchdog:
             self._train_with_rollbacks(found)
+        self._stop_if_asked()
         self._spent = self._clock.spent(self.state.global_step)
+
+    def _stop_if_asked(self) -> None:
+        if any(self._processes.gathered(interruption.reason() is not None)):
+            raise interruption.Preempted(interruption.reason() or ANOTHER_STOPPED)
 
     def _train_with_rollbacks(self, found: Path | None) -> None:
         while True:
@@ -178,37 +183,18 @@ class PretrainingTrainer(Trainer):
                     raise
                 raise InputError(out_of_memory_sentence(self.recipe, self.args)) from None
 
-    def _checked(
-        self, found: Path | None, resume: str, allow_change: Collection[str]
+    def _chosen(
+        self, find: Callable[[], Path | None], resume: str, allow_change: Collection[str]
     ) -> Path | None:
-        """Say what differs from the checkpoint, and return it if that may be."""
-        folder = Path(self.args.output_dir)
+        """Return the checkpoint to go on from, if the run may."""
+        folder, found = Path(self.args.output_dir), find()
         if found is None:
             if resume in ("auto", "must") and checkpoint.checkpoints(folder):
                 logger.warning("no checkpoint in %s is whole: starting afresh", folder)
             return None
-        manifest = artifact.read_manifest(found)
-        was, now = manifest["made_from"], self._origin()
-        changes = resumption.changes(
-            {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest["versions"]},
-            {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
-        )
-        resumption.check_allowed(changes, allow_change)
-        if left := resumption.refused(changes, allow_change):
-            raise InputError(
-                f"{found}: is a checkpoint of another run: {resumption.sentence(left)}; else "
-                "resume it with its own recipe and text, or start anew in another "
-                "--training.output_dir"
-            )
-        if (at := checkpoint.step_of(found) or 0) > self._horizon:
-            raise InputError(
-                f"{found}: has made {at} updates, and the recipe asks for {self._horizon}; give "
-                "more training.max_steps, or name an earlier checkpoint with --resume"
-            )
-        logger.info("resuming from %s", found)
-        for change in changes:
-            how = "allowed, and applied" if change.kind == "refused" else change.kind
-            logger.info("  differs from the checkpoint: %s (%s)", change.text, how)
+        step = resumption.check(found, self._origin(), horizon=self._horizon, allow=allow_change)
+        if found.resolve().parent == folder.resolve():
+            checkpoint.set_aside_after(folder, step)
         return found
 
     def _take_up(self, found: Path | None) -> None:
@@ -222,7 +208,10 @@ class PretrainingTrainer(Trainer):
         self._left_out |= set(self._resumed.get("left_out", []))
         self._rollbacks = max(self._rollbacks, self._resumed.get("rollbacks", 0))
         self._clock = Clock(self.recipe.tokens_per_update, self._resumed)
-        self._saved_step = None
+        self._saved_step = self._seen_step = None
+        self._owes_save = False
+        # A new run may begin with an evaluation; one that goes on has had it.
+        self.args.eval_on_start = self.args.eval_on_start and found is None
         self.optimizer = self.lr_scheduler = None
         samples = Path(self.args.output_dir) / SAMPLES
         if self._processes.is_main and samples.exists():
@@ -247,58 +236,51 @@ class PretrainingTrainer(Trainer):
         return True
 
     def _check_room(self, found: Path | None) -> None:
-        folder, arguments = Path(self.args.output_dir), self.args
-        # Weights and, of AdamW, two moments of each.
-        size = 3 * sum(tensor_bytes(parameter) for parameter in self.model.parameters())
+        arguments = self.args
         if found is not None:
             size = sum(f["size"] for f in artifact.read_manifest(found)["files"].values())
-        there = len(checkpoint.checkpoints(folder))
-        if arguments.save_total_limit is not None:
-            # An old one goes when the new one is whole.
-            count = arguments.save_total_limit + 1 + bool(arguments.metric_for_best_model) - there
-        else:
-            every = {"epoch": self._updates_per_epoch, "no": self._horizon}.get(
-                arguments.save_strategy, arguments.save_steps
-            )
-            every = every if every >= 1 else math.ceil(every * self._horizon)
-            done = checkpoint.step_of(found) or 0 if found else 0
-            count = math.ceil((self._horizon - done) / every)
-        checkpoint.check_room(folder, size=size, count=max(0, count))
+        else:  # the weights and, of AdamW, two moments of each
+            size = 3 * sum(tensor_bytes(parameter) for parameter in self.model.parameters())
+        every = {"epoch": self._updates_per_epoch, "no": self._horizon}.get(
+            arguments.save_strategy, arguments.save_steps
+        )
+        every = every if every >= 1 else math.ceil(every * self._horizon)
+        checkpoint.check_room(
+            Path(arguments.output_dir),
+            size=size,
+            planned=math.ceil((self._horizon - self._resumed.get("step", 0)) / every),
+            keep=arguments.save_total_limit,
+            has_best=arguments.metric_for_best_model is not None,
+        )
 
     def _place_before(self, fault: NonFinite) -> Path:
         """Return the checkpoint to go back to after an update that could not be made.
 
         Raises:
-            RunFailed: none is left, or the recipe wants no more rollbacks.
+            RunFailed: there is none, or the recipe wants no more rollbacks.
         """
-        rows = self._rows_of(fault.step)
-        own = rows[self._processes.rank :: self._processes.count]
-        model = self.model
-        alone = []
+        rows, alone = self._rows_of(fault.step), []
         if not self._is_sharded:
+            own = rows[self._processes.rank :: self._processes.count]
             batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
-            alone = sorted(sum(self._processes.gathered(wrong_rows(model, batches)), []))
-        named = ", ".join(map(str, (alone or rows)[:ROWS_SHOWN]))
-        named += ", ..." if len(alone or rows) > ROWS_SHOWN else ""
-        sentence = f"{fault}; it was not made. " + (
-            f"Of its {len(rows)} rows {len(alone)} give such a loss by themselves: {named}"
-            if alone
-            else f"None of its {len(rows)} rows gives such a loss by itself (they are {named}): "
-            "see to the learning rate, the clipping and the precision"
-        )
+            alone = sorted(sum(self._processes.gathered(wrong_rows(self.model, batches)), []))
         self._writer.wait()
-        found = self._processes.told(lambda: checkpoint.newest_whole(Path(self.args.output_dir)))
-        limit = self.recipe.faults.rollbacks
-        if found is None or self._rollbacks >= limit or len(rows) * 2 > len(self.train_dataset):
-            why = "there is no whole checkpoint to go back to" if found is None and limit else (
-                f"faults.rollbacks is {limit}" + (", all used" if limit else "")
-            )  # fmt: skip
-            raise RunFailed(f"{sentence}; {why}") from None
+        folder, limit = Path(self.args.output_dir), self.recipe.faults.rollbacks
+        found = self._processes.told(lambda: checkpoint.newest_whole(folder, before=fault.step))
+        why = None
+        if self._rollbacks >= limit:
+            why = f"faults.rollbacks is {limit}" + (", and all are used" if limit else "")
+        elif found is None:
+            why = "there is no whole checkpoint to go back to"
+        elif 2 * len(self._left_out | set(rows)) > len(self.train_dataset):
+            why = "half of all rows would be left out"
+        if why is not None:
+            raise RunFailed(f"{fault.described(rows, alone)}; {why}")
         self._rollbacks += 1
         self._left_out |= set(rows)
         logger.error(
             "%s. Going back to %s, without these rows from here on (%d of %d)",
-            sentence, found, self._rollbacks, limit,
+            fault.described(rows, alone), found, self._rollbacks, limit,
         )  # fmt: skip
         return found
 
@@ -357,34 +339,16 @@ class PretrainingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
-        """Return the run's numbers, held-out ones measured on the saved folder, and a sample.
-
-        The saved weights are read back and scored in fp32 by the stock model, so that the numbers
-        are those of the files, and `measure_perplexity.py` repeats them.
-        """
-        logger.info("measuring the saved model on all held-out text, in fp32")
-        model = load_model(self.args.output_dir).to(self.args.device)
-        metrics: dict[str, Any] = {}
-        for split, prefix in (("validation", "eval"), ("test", "test")):
-            if split in blocks:
-                batches = self.get_eval_dataloader(blocks[split])
-                with tqdm(
-                    desc=f"{split} in fp32", total=len(batches), delay=2, disable=None
-                ) as bar:
-                    score = self._score(model, batches, bar.update)
-                metrics |= score.as_metrics(prefix)
-        section = self.recipe.generation
-        sample = ""
-        for prompt in section.prompts[:1]:
-            settings = section.model_dump(exclude={"prompts"})
-            sample = prompt + continuation(model, self.processing_class, prompt, **settings)
-        train_tokens = self.state.global_step * self.recipe.tokens_per_update
+        """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
+        metrics, sample = measured(
+            self.recipe, self.args, self._processes, blocks, self.processing_class
+        )
         metrics |= {
-            "train_tokens": train_tokens,
+            "train_tokens": self._tokens_seen,
             "train_tokens_per_second": self._spent["tokens_per_second"],
             "train_seconds": self._spent["train_seconds"],
             "compile_seconds": self._spent["compile_seconds"],
-            "train_bytes": round(train_tokens * self._bytes_per_token)
+            "train_bytes": round(self._tokens_seen * self._bytes_per_token)
             if blocks["train"].is_stream
             else blocks["train"].bytes,
             "parameters": parameter_count(self.model),
@@ -492,24 +456,30 @@ class PretrainingTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save; then stop, if any process was asked to.
 
-        An evaluation that is due is made first: a resumed run would not make it again.
+        Trainer calls this after each update, and again at the end of an epoch. What is due at that
+        end (an evaluation, say) a resumed run would not make up for: nothing is saved before it.
+        For the same reason an evaluation that is due comes before the stop.
 
         Raises:
             Preempted: in all processes after the same update, when it is saved.
         """
-        control = self.control
-        stop = self._processes.any_of(interruption.reason() is not None)
-        if stop:
-            control.should_save = True
+        control, step = self.control, self.state.global_step
+        is_epoch_end, self._seen_step = self._seen_step == step, step
+        asked = self._processes.any_of(interruption.reason() is not None)
+        self._is_to_stop = self._is_to_stop or asked
+        self._owes_save = self._owes_save or control.should_save or self._is_to_stop
+        can_save = is_epoch_end or step % self._updates_per_epoch != 0
+        control.should_save = self._owes_save and can_save
         if control.should_log or control.should_evaluate or control.should_save:
             self._guard.settle()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if stop:
+        if can_save:
+            self._owes_save = False
+        if can_save and self._is_to_stop:
+            self._save_checkpoint(*args[2:4])  # if it was not due
             self._finish_writing()
-            raise interruption.Preempted(
-                f"{interruption.reason() or 'another process was asked to stop'}, "
-                f"after update {self.state.global_step}"
-            )
+            reason = interruption.reason() or ANOTHER_STOPPED
+            raise interruption.Preempted(f"{reason}, after update {step}")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
         """Batches that score each token once: a DataLoader repeats rows to even out processes."""
@@ -539,11 +509,14 @@ class PretrainingTrainer(Trainer):
 
         self.callback_handler.eval_dataloader = dataloader
         # The plain model: autocast as in training, but no second compilation for evaluation.
-        score = self._score(self.model, dataloader, show_progress)
+        found = score(
+            self.model, dataloader, self._processes,
+            device=self.args.device, after_batch=show_progress,
+        )  # fmt: skip
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics=score.as_metrics(metric_key_prefix),
+            metrics=found.as_metrics(metric_key_prefix),
             num_samples=len(dataloader.dataset),
         )
 
@@ -662,17 +635,6 @@ class PretrainingTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: Trainer's count leaves out the head and attention (41 % of GPT-2 small)."""
         return 0
-
-    def _score(
-        self, model: torch.nn.Module, batches: HeldOutBatches, after_batch: Callable[..., Any]
-    ) -> Score:
-        """Score a held-out split, each process its own batches."""
-        nats = sum_nats(model, batches, device=self.args.device, after_batch=after_batch)
-        if self.args.world_size > 1:
-            total = torch.tensor(nats, dtype=torch.float64, device=self.args.device)
-            nats = self.accelerator.reduce(total).item()
-        rows = batches.dataset
-        return Score(nats=nats, tokens=rows.scored_tokens, bytes=rows.scored_bytes)
 
     @property
     def _tokens_seen(self) -> int:
