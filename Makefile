@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch>=2.11,<2.14
 
-.PHONY: pretrain test lint clean
+.PHONY: pretrain test soak lint clean
 
 pretrain: $(VENV)/installed
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml pipeline/pretrain.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+soak: $(VENV)/installed-test
+	$(BIN)/python tests/soak.py --kills 1000
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,6 +122,23 @@ def commit(staging: Path, folder: Path, made_from: dict[str, Any], facts: dict[s
     _sync(folder.parent)
 
 
+def write_whole(path: Path, text: str, *, synced: bool = False) -> None:
+    """Write a file that is there whole, as it was before, or not at all.
+
+    `synced`: a loss of power does not change that either.
+    """
+    # A thread of the same process may be at it too.
+    staging = path.with_name(f"{STAGING}{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        if synced:
+            _sync(staging)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
 def remove(folder: Path) -> None:
     """Remove an artifact: at any instant it is there whole or has another name."""
     leaving = folder.with_name(f"{LEAVING}{folder.name}-{os.getpid()}")
@@ -133,8 +151,11 @@ def remove(folder: Path) -> None:
 def clear_leftovers(parent: Path) -> None:
     """Remove what processes that were killed left half written or half removed in `parent`."""
     for path in parent.iterdir():
-        if path.name.startswith((STAGING, LEAVING)) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith((STAGING, LEAVING)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -172,7 +193,7 @@ def held(folder: Path, *, is_main_process: bool = True) -> Iterator[None]:
     if not is_main_process:
         yield
         return
-    probe = folder / f"_probe-{os.getpid()}"
+    probe = folder / f"{STAGING}probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -190,6 +211,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         is_ours = all(isinstance(manifest[key], dict) for key in ("made_from", "facts", "files"))
+        is_ours = is_ours and all(
+            isinstance(file["size"], int) and isinstance(file["sha256"], str)
+            for file in manifest["files"].values()
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return manifest if is_ours else None
@@ -213,10 +238,13 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
     if not contents:
         return None
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-        digests = pool.map(_sha256, [folder / name for name in files])
-        for name, digest in zip(files, digests, strict=True):
-            if digest != files[name]["sha256"]:
+        found = {name: pool.submit(_sha256, folder / name) for name in files}
+    for name, digest in found.items():
+        try:
+            if digest.result() != files[name]["sha256"]:
                 return f"{folder / name} differs from what was written"
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
     return None
 
 

@@ -1,5 +1,6 @@
 """What happens during training besides training: perplexity of extra texts, samples, progress."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pipeline.blocks import HeldOutBatches, Rows
 from pipeline.generation import continuation
 from pipeline.perplexity import score_rows
 from pipeline.sections import GenerationSection
+
+logger = logging.getLogger(__name__)
 
 LINES_SHOWN = 5  # of a sample; samples.txt has all of it
 
@@ -52,8 +55,11 @@ class SampleCallback(TrainerCallback):
                 text = prompt + continuation(model, self._tokenizer, prompt, **settings)
             except RuntimeError as error:  # a model that has diverged: its logits are no numbers
                 text = f"{prompt} (no sample: {error})"
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"--- update {state.global_step}\n{text}\n\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(f"--- update {state.global_step}\n{text}\n\n")
+            except OSError as error:  # a full disk: no reason to end a run
+                logger.error("%s: a sample was not written: %s", self._path, error.strerror)
             shown = "\n".join(text.split("\n")[:LINES_SHOWN])
             tqdm.write(f"--- sample at update {state.global_step}\n{shown}\n---")
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from pipeline import sources
+from pipeline import artifact, sources
 from pipeline.recipe import InputError
 from pipeline.sections import CleaningSection, DataSection, SourceSection
 from pipeline.sources import Shard
@@ -338,9 +338,7 @@ def _file_digests(stats: list[tuple[str, os.stat_result]], kept: Path | None) ->
         entries = {p: [*m, digests[p]] for p, m in marks.items() if m[2] < settled}
         with contextlib.suppress(OSError):  # it only saves time
             kept.parent.mkdir(parents=True, exist_ok=True)
-            staging = kept.with_name(f"_{kept.name}-{os.getpid()}")
-            staging.write_text(json.dumps(entries))
-            os.replace(staging, kept)
+            artifact.write_whole(kept, json.dumps(entries))
     return digests
 
 

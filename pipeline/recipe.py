@@ -159,9 +159,9 @@ class Recipe(Section):
         """Return what was stated, defaults left out, as plain YAML types."""
         return self.model_dump(mode="json", exclude_unset=True)
 
-    def save(self, path: Path) -> None:
-        """Write the recipe as YAML; reading that file gives this recipe back."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
+    def as_yaml(self) -> str:
+        """Return the recipe as YAML; reading that gives this recipe back."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

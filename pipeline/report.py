@@ -21,7 +21,11 @@ def write_report(
     history: list[dict[str, float]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write metrics.json, loss.png and the model card into the run folder."""
+    """Write metrics.json, loss.png and the model card into the run folder.
+
+    Raises:
+        InputError: the disk is full.
+    """
     folder = recipe.output_dir
     blocks = artifact.read_manifest(recipe.blocks_dir)
     metrics = metrics | {
@@ -32,9 +36,11 @@ def write_report(
         "git_commit": artifact.git_commit(),
         "sample": sample,
     }
-    (folder / METRICS).write_text(json.dumps(metrics, indent=1, ensure_ascii=False))
-    draw_loss(history, folder / "loss.png")
-    (folder / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")
+    with artifact.full_disk_said(folder):
+        draw_loss(history, folder / "loss.png")
+        artifact.write_whole(folder / "README.md", model_card(recipe, metrics))
+        text = json.dumps(metrics, indent=1, ensure_ascii=False)
+        artifact.write_whole(folder / METRICS, text, synced=True)
 
 
 def draw_loss(history: list[dict[str, float]], path: Path) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,18 +60,23 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         Preempted: the run was asked to stop.
     """
     folder, is_main = recipe.output_dir, processes.is_main
+    aside = folder / "_overwritten"
     with contextlib.ExitStack() as stack:
 
         def claim() -> str:
             stack.enter_context(artifact.held(folder))
             artifact.clear_leftovers(folder)
+            if aside.exists():  # a process that was to overwrite a run was killed
+                if (folder / STATUS).exists():  # after it had begun
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    _put_back(aside, folder)
             return _claim(recipe, options)
 
         state = processes.told(claim)
         if state == "finished":
             yield Run(True, lambda _: None, lambda: None, lambda _: None)
             return
-        aside = folder / "_overwritten"
         if is_main and options.overwrite:
             _move(_ours(folder), aside)
         begun = False
@@ -81,18 +85,20 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
             if is_main:
                 content = {"state": new_state, "time": time.time(), **more}
                 try:
-                    _write_json(folder / STATUS, content)
+                    text = json.dumps(content, indent=1)
+                    artifact.write_whole(folder / STATUS, text, synced=True)
                 except OSError as error:  # a full disk: the run matters more
                     logger.error("%s: cannot be written: %s", folder / STATUS, error.strerror)
 
         def begin(resolved: Recipe) -> None:
             nonlocal begun
+            # First: a folder with other files of a run and no status holds a stranger's.
+            write("running", pid=os.getpid(), host=socket.gethostname())
             begun = True
             if is_main:
                 with artifact.full_disk_said(folder):
-                    resolved.save(folder / CONFIG)
+                    artifact.write_whole(folder / CONFIG, resolved.as_yaml(), synced=True)
                 shutil.rmtree(aside, ignore_errors=True)
-            write("running", pid=os.getpid(), host=socket.gethostname())
 
         def preempted(why: str) -> None:
             last = checkpoints(folder)[-1:]
@@ -121,8 +127,7 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
             if not begun and is_main and aside.exists():
                 _move(_ours(folder), folder / "_failed")
                 shutil.rmtree(folder / "_failed", ignore_errors=True)
-                _move(list(aside.iterdir()), folder)
-                aside.rmdir()
+                _put_back(aside, folder)
             if why is not None and not isinstance(error, interruption.Preempted):
                 raise interruption.Preempted(why) from error
             raise
@@ -146,9 +151,11 @@ def _stopped_by(error: BaseException, processes: Processes) -> str | None:
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return the run's status, or None where no run of ours has been."""
     try:
-        return json.loads((folder / STATUS).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return {"state": "unknown", **json.loads((folder / STATUS).read_text())}
+    except FileNotFoundError:
         return None
+    except (ValueError, TypeError):  # empty after a loss of power, say
+        return {"state": "unknown"}
 
 
 def _claim(recipe: Recipe, options: PretrainOptions) -> str:
@@ -208,11 +215,17 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
 
 
 def _ours(folder: Path) -> list[Path]:
-    """Return what a run of ours wrote: results, whole artifacts, TensorBoard's logs."""
+    """Return what a run of ours wrote: its status, results, whole artifacts, TensorBoard's logs."""
     parts = [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]
-    found = [part for part in parts if artifact.read_manifest(part) is not None]
-    found += [folder / name for name in (*RESULTS, "runs", "_ring", "_digests-blocks.json")]
+    found = [folder / name for name in (*RESULTS, "runs", "_ring", "_digests-blocks.json")]
+    found += [part for part in parts if artifact.read_manifest(part) is not None]
     return [path for path in found if path.exists()]
+
+
+def _put_back(aside: Path, folder: Path) -> None:
+    """Undo `_move(_ours(folder), aside)`; the status, which says that all is there, comes last."""
+    _move(sorted(aside.iterdir(), key=lambda path: path.name == STATUS), folder)
+    aside.rmdir()
 
 
 def _move(paths: list[Path], target: Path) -> None:
@@ -221,10 +234,3 @@ def _move(paths: list[Path], target: Path) -> None:
         if (target / path.name).is_dir():  # left there by a process that was killed
             shutil.rmtree(target / path.name)
         os.replace(path, target / path.name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # A thread of its own may write last words at the same time.
-    staging = path.with_name(f"_{path.name}-{os.getpid()}-{threading.get_ident()}")
-    staging.write_text(json.dumps(content, indent=1))
-    os.replace(staging, path)

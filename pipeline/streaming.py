@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from pipeline import interruption, packing
+from pipeline import artifact, interruption, packing
 from pipeline.cleaning import on_two_sides
 from pipeline.corpus import Document
 from pipeline.recipe import InputError, first_line
@@ -109,7 +109,7 @@ class Ring:
         return self._open[number]
 
     def _ask_for(self, number: int) -> None:
-        _write_whole(self._folder, WANTED, str(number))
+        artifact.write_whole(self._folder / WANTED, str(number))
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def producing(stream: Stream | None, folder: Path, *, is_main_process: bool) -> 
         target=_produce, args=(stream, folder, os.getpid()), daemon=True
     )
     process.start()
-    _write_whole(folder, PRODUCER, json.dumps([socket.gethostname(), process.pid]))
+    artifact.write_whole(folder / PRODUCER, json.dumps([socket.gethostname(), process.pid]))
     try:
         yield
     except Exception:
@@ -319,13 +319,7 @@ def _is_behind(folder: Path, made: int) -> bool:
 
 
 def _report(folder: Path, sentence: str) -> None:
-    _write_whole(folder, FAILED, sentence)
-
-
-def _write_whole(folder: Path, name: str, text: str) -> None:
-    staging = folder / f"_{name}-{os.getpid()}"
-    staging.write_text(text)
-    os.replace(staging, folder / name)
+    artifact.write_whole(folder / FAILED, sentence)
 
 
 def _wanted(folder: Path) -> int:

@@ -22,7 +22,6 @@ from transformers.trainer_callback import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
-    TrainerState,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -223,7 +222,7 @@ class PretrainingTrainer(Trainer):
         """Load a checkpoint of the last update; Trainer would train another one after it."""
         if found is None:
             return False
-        state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+        state = self._training_state.progress(found)
         control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         stopped_early = control.get("should_training_stop") and state.global_step < state.max_steps
         if state.global_step < self._horizon and not stopped_early:
@@ -232,6 +231,8 @@ class PretrainingTrainer(Trainer):
         best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
         wanted = best if self.args.load_best_model_at_end and best.is_dir() else found
         self._load_from_checkpoint(str(wanted))
+        if self._processes.is_main:  # a kill may have come between the last save and this
+            checkpoint.rotate(best.parent, keep=self.args.save_total_limit, best=best)
         self._spent = self._clock.spent(state.global_step)
         return True
 

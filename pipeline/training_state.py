@@ -6,9 +6,11 @@ Only tensors, numbers and text are read back: a checkpoint from a stranger can r
 """
 
 import copy
+import dataclasses
 import functools
 import io
 import itertools
+import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -121,17 +123,41 @@ class TrainingState:
         scheduler._last_lr = rates
 
     def put_back_random_state(self, folder: Path) -> None:
-        """Restore this process's generators; of a process that is new, as the first one's."""
+        """Restore this process's generators; of a process that is new, as the first one's.
+
+        Raises:
+            InputError: no such file can be read.
+        """
         rank, count = self._trainer.args.process_index, self._trainer.args.world_size
         names = [_random_names(count)[rank], *_random_names(1), *_random_names(2)]
-        path = next(path for path in (folder / name for name in names) if path.exists())
+        paths = [folder / name for name in names]
+        path = next((path for path in paths if path.exists()), paths[0])
         states = _loaded(path)
-        random.setstate(states["python"])
-        name, keys, *rest = states["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        torch.random.set_rng_state(states["cpu"])
-        if torch.cuda.is_available() and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self._trainer.args.device)
+        try:
+            random.setstate(states["python"])
+            name, keys, *rest = states["numpy"]
+            np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+            torch.random.set_rng_state(states["cpu"])
+            if torch.cuda.is_available() and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], self._trainer.args.device)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{path}: holds no state of generators: {_said(error)}") from None
+
+    @staticmethod
+    def progress(folder: Path) -> TrainerState:
+        """Return Trainer's own state in a checkpoint.
+
+        Raises:
+            InputError: no such file can be read.
+        """
+        path = folder / STATE
+        try:
+            state = TrainerState.load_from_json(str(path))
+            if not isinstance(state.log_history, list) or not state.max_steps:
+                raise ValueError("it says neither what was logged nor how long the run is")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: is no state of a Trainer: {_said(error)}") from None
+        return state
 
     def _unchanging_files(self) -> dict[str, bytes]:
         """Return what lies beside the weights for `from_pretrained`, read from memory from now on.
@@ -199,7 +225,18 @@ def _copied_state(trainer: Trainer) -> TrainerState:
 
 
 def _write_state(state: TrainerState, path: Path) -> None:
-    state.save_to_json(str(path))
+    """Write what `TrainerState.load_from_json` reads, the logs entry by entry.
+
+    Its own `save_to_json` copies and spells out all logs at once, more with every save.
+    """
+    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    history = values.pop("log_history")
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, sort_keys=True).removesuffix("\n}"))
+        file.write(',\n  "log_history": [')
+        for number, entry in enumerate(history):
+            file.write(f"{',' if number else ''}\n    {json.dumps(entry)}")
+        file.write("\n  ]\n}\n")
 
 
 def _random_names(count: int) -> list[str]:
