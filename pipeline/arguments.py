@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
+from pipeline.processes import join_after_restart
 from pipeline.recipe import InputError, Recipe
 from pipeline.sources import read_text
 
@@ -43,6 +44,8 @@ OWNED = {
     "push_to_hub": "push the finished folder: hf upload NAME outputs/...",
     "logging_nan_inf_filter": "a loss that is not a number is shown as it is",
     "dataloader_drop_last": "rows are full, and a last partial batch is left out",
+    "dataloader_persistent_workers": "a resumed run draws its random numbers as each epoch does",
+    "dataloader_in_order": "rows keep their order, so that a resumed run finds its place",
     "remove_unused_columns": "batches come finished from the rows",
     "restore_callback_states_from_checkpoint": "a resumed run goes on counting",
     "label_smoothing_factor": "perplexity is exp of the plain cross-entropy",
@@ -131,6 +134,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         defaults["metric_for_best_model"] = "loss"
     if stated.get("metric_for_best_model", "loss").removeprefix("eval_") in _LOWER_IS_BETTER:
         defaults["greater_is_better"] = False
+    join_after_restart(stated.get("ddp_backend") or ("gloo" if on_cpu else "nccl"))
     try:
         arguments = TrainingArguments(**{**defaults, **stated, **derived})
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
@@ -210,7 +214,7 @@ def out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:
 
 def device_name(device: torch.device) -> str:
     """Return what a person calls the device."""
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_values(stated: dict[str, Any]) -> None:

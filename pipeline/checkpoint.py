@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # The newest may turn out damaged when it is read, so the one before it must still be there.
 FEWEST_KEPT = 2
 
+STATE = "trainer_state.json"
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -66,11 +68,21 @@ def chosen(run_folder: Path, resume: str) -> Path | None:
         if found is None and resume == "must":
             raise InputError(f"--resume must: no whole checkpoint in {run_folder}")
         return found
-    folder = Path(resume)
-    wrong = artifact.damage(folder)
+    check_named(Path(resume))
+    return Path(resume)
+
+
+def check_named(folder: Path, *, contents: bool = True) -> None:
+    """See that a folder that a person named is a whole checkpoint.
+
+    Raises:
+        InputError: it is not.
+    """
+    wrong = artifact.damage(folder, contents=contents)
+    if wrong is None and STATE not in artifact.read_manifest(folder)["files"]:
+        wrong = "it is an artifact of another kind"
     if wrong:
-        raise InputError(f"--resume {resume}: {wrong}; name a whole checkpoint, or use auto")
-    return folder
+        raise InputError(f"--resume {folder}: {wrong}; name a whole checkpoint, or use auto")
 
 
 class Contents(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.interruption import EXIT_CODE, Preempted
+from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.library_fields import LibraryField, model_config_fields, training_fields
 from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section, Temperature
@@ -161,6 +161,7 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
             sys.stderr.write(f"error: {error}\n")
         code = 1
     except Preempted:
+        ignore()
         code = EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")

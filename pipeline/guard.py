@@ -19,17 +19,30 @@ class NonFinite(Exception):
         )
         self.step = step
 
-    def described(self, rows: list[int], alone: list[int]) -> str:
-        """Return the sentence that names the update's rows, and those that are to blame."""
-        named = ", ".join(map(str, (alone or rows)[:ROWS_SHOWN]))
-        named += ", ..." if len(alone or rows) > ROWS_SHOWN else ""
-        if alone and len(alone) < len(rows):
-            return f"{self}; of its {len(rows)} rows these give it by themselves: {named}"
-        if alone:
+    def described(self, rows: list[int], alone: list[list[int]]) -> str:
+        """Return the sentence that names the update's rows, or what else is to blame.
+
+        Args:
+            rows: those of the update.
+            alone: of those that each process tried, the ones whose loss alone is not finite.
+        """
+        count = len(alone)
+        whole = [n for n, found in enumerate(alone) if len(found) == len(rows[n::count])]
+        blamed = sorted(sum(alone, []))
+        named = ", ".join(map(str, (blamed or rows)[:ROWS_SHOWN]))
+        named += ", ..." if len(blamed or rows) > ROWS_SHOWN else ""
+        if len(blamed) == len(rows):
             return (
                 f"{self}; all of its {len(rows)} rows give it ({named}): see to the learning rate "
                 "and to the weights that the run began with"
             )
+        if whole and len(blamed) == sum(len(alone[n]) for n in whole):
+            return (
+                f"{self}; all rows give it in process {', '.join(map(str, whole))}, and none in "
+                "the others: see to that machine and its memory"
+            )
+        if blamed:
+            return f"{self}; of its {len(rows)} rows these give it by themselves: {named}"
         return (
             f"{self}; none of its {len(rows)} rows gives it by itself ({named}): see to the "
             "learning rate, the clipping and the precision"

@@ -54,21 +54,19 @@ class _Watch:
 
     def stop(self) -> None:
         self._ended = True
+        with contextlib.suppress(OSError):
+            self._writer.send(b"\0")  # it need not look once more
+        self._thread.join()
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._thread.join()
         self._reader.close()
         self._writer.close()
 
     def _heed(self, number: int, frame: object) -> None:
         """Run by Python in the main thread, when that is not in C++."""
         self._note(signal.Signals(number).name)
-        if not self.depth:
-            self.throw()
-
-    def throw(self) -> None:
-        if not self._raised:  # not again while the first one unwinds
+        if not self.depth and not self._raised:  # not again while the first one unwinds
             self._raised = True
             raise Preempted(self.reason)
 
@@ -133,11 +131,16 @@ def _let_go_in_a_forked_process() -> None:
     if _watch is not None:
         _watch = None
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore()
 
 
 os.register_at_fork(after_in_child=_let_go_in_a_forked_process)
+
+
+def ignore() -> None:
+    """Heed no signal any more: the process is ending, and whoever asked for it may ask again."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def grant(seconds: float, last_words: Callable[[str], None]) -> None:
@@ -153,19 +156,13 @@ def reason() -> str | None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Only note signals inside of the block; whoever opens it asks for `reason` and stops.
-
-    Raises:
-        Preempted: one has come before.
-    """
+    """Only note signals inside of the block; whoever opens it asks for `reason`, and stops."""
     watch = _watch
     if watch is None:
         yield
         return
     watch.depth += 1
     try:
-        if watch.reason is not None and watch.depth == 1:
-            watch.throw()
         yield
     finally:
         watch.depth -= 1

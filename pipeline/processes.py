@@ -1,6 +1,7 @@
 """What the processes of one run tell each other: one decides and the others hear of it."""
 
 import datetime
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,22 @@ from transformers import TrainingArguments
 from pipeline.recipe import InputError
 
 T = TypeVar("T")
+
+# torchrun counts its restarts here; it keeps its store over them.
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+
+
+def join_after_restart(backend: str) -> None:
+    """Set up the process group of a job that torchrun has started again.
+
+    The store still has the addresses of the processes before, and torch 2.13 reads them: gloo
+    then fails or hangs at random. With names of its own every attempt is the first.
+    """
+    attempt = os.environ.get(ATTEMPT, "0")
+    if attempt != "0" and "RANK" in os.environ and not dist.is_initialized():
+        store, rank, count = next(dist.rendezvous("env://"))
+        own = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=count)
 
 
 class Processes:

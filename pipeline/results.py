@@ -39,6 +39,8 @@ def measured(
     processes: Processes,
     blocks: dict[str, Rows],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    after_batch: Callable[[], Any],
 ) -> tuple[dict[str, Any], str]:
     """Return the held-out numbers of the saved folder, and what its model writes.
 
@@ -55,8 +57,13 @@ def measured(
                 rank=processes.rank, world_size=processes.count,
             )  # fmt: skip
             with tqdm(desc=f"{split} in fp32", total=len(batches), delay=2, disable=None) as bar:
+
+                def show_progress(bar: tqdm = bar) -> None:
+                    bar.update()
+                    after_batch()
+
                 found = score(
-                    model, batches, processes, device=arguments.device, after_batch=bar.update
+                    model, batches, processes, device=arguments.device, after_batch=show_progress
                 )
             metrics |= found.as_metrics(prefix)
     section = recipe.generation

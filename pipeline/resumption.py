@@ -5,11 +5,13 @@ goes on with the new value), or refused, unless the person who starts the run al
 """
 
 import logging
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import artifact
+from pipeline.library_fields import training_fields
 from pipeline.recipe import InputError, Recipe
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,6 @@ REFUSED = {
     "model": "the weights are another model's",
 }
 
-# What more of it means that a finished run has something left to do.
-LENGTH = ("training.max_steps", "training.num_train_epochs")
-
 
 class Change(NamedTuple):
     """One field in which a run differs from what it goes on from."""
@@ -87,7 +86,7 @@ def check(found: Path, now: dict[str, Any], *, horizon: int, allow: Collection[s
         {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest.get("versions")},
         {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
     )
-    check_allowed(differing, allow)
+    check_allowed(differing, allow, _keys(now["recipe"]))
     if left := refused(differing, allow):
         raise InputError(
             f"{found}: is a checkpoint of another run: {sentence(left)}; else resume it with its "
@@ -126,19 +125,31 @@ def refused(found: list[Change], allow: Collection[str]) -> list[Change]:
     return [c for c in left if not any(_below(c.key, name) for name in allow)]
 
 
-def check_allowed(found: list[Change], allow: Collection[str]) -> None:
-    """See that what is allowed is what would be refused.
+def check_allowed(found: list[Change], allow: Collection[str], known: Collection[str] = ()) -> None:
+    """See that what is allowed is a field: one that does not differ (any more) needs nothing.
 
     Raises:
-        InputError: something else is named; most likely it is misspelt.
+        InputError: it is none; most likely it is misspelt.
     """
     names = sorted(change.key for change in found if change.kind == "refused")
     for name in allow:
-        if not any(_below(key, name) for key in names):
+        if not any(_below(key, name) for key in {*names, *known}):
             raise InputError(
-                f"--allow_change {name}: nothing of that name is refused; "
-                + (f"what is: {', '.join(names)}" if names else "leave it out")
+                f"--allow_change {name}: there is no such field; "
+                + (f"what is refused: {', '.join(names)}" if names else "leave it out")
             )
+
+
+def is_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Tell whether a run that had ended has something left to do under another recipe."""
+
+    def patience(values: dict[str, Any]) -> float:
+        return values["evaluation"]["early_stopping_patience"] or math.inf
+
+    return patience(new) > patience(old) or any(
+        float(new["training"].get(name) or 0) > float(old["training"].get(name) or 0)
+        for name in ("max_steps", "num_train_epochs")
+    )
 
 
 def sentence(left: list[Change]) -> str:
@@ -148,8 +159,23 @@ def sentence(left: list[Change]) -> str:
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """Return what the recipe says about a run, defaults included, as plain values."""
-    return recipe.model_dump(mode="json")
+    """Return what the recipe says about a run as plain values; a default may be spelled out."""
+    values = recipe.model_dump(mode="json")
+    fields = training_fields()
+    values["training"] = {
+        name: value
+        for name, value in values["training"].items()
+        if name not in fields or repr(value) != fields[name].default
+    }
+    return values
+
+
+def _keys(values: dict[str, Any], key: str = "") -> list[str]:
+    found = []
+    for name, value in values.items():
+        inner = f"{key}.{name}" if key else name
+        found += [inner, *(_keys(value, inner) if isinstance(value, dict) else [])]
+    return found
 
 
 def _below(key: str, name: str) -> bool:

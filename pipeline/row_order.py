@@ -80,7 +80,7 @@ class RowOrder:
         if self._seed is not None:
             return permuted(places, self._size, self._seed, epoch, attempt)
         # Of a stream only the rows shortly before are still there; at its beginning, those after.
-        shift = attempt * len(self._left_out)
+        shift = len(self._left_out) * min(attempt, 4) + max(0, attempt - 4)
         return np.where(places >= shift, places - shift, (places + shift) % self._size)
 
 

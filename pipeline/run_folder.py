@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import artifact, interruption
-from pipeline.checkpoint import checkpoints, chosen
+from pipeline.checkpoint import check_named, checkpoints, chosen
 from pipeline.command_line import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, read_recipe
-from pipeline.resumption import LENGTH, changes, described, refused, sentence
+from pipeline.resumption import changes, described, is_longer, refused, sentence
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ STATUS = "run_status.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 
-# A launcher that sees one process end asks the others to, within less than this.
-SECONDS_FOR_A_SIGNAL = 3.0
+# A process that was asked to stop writes that down before its connections break, or soon after.
+SECONDS_FOR_A_WORD = 2.0
 
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
@@ -82,20 +82,19 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         begun = False
 
         def write(new_state: str, **more: Any) -> None:
-            if is_main:
-                content = {"state": new_state, "time": time.time(), **more}
-                try:
-                    text = json.dumps(content, indent=1)
-                    artifact.write_whole(folder / STATUS, text, synced=True)
-                except OSError as error:  # a full disk: the run matters more
-                    logger.error("%s: cannot be written: %s", folder / STATUS, error.strerror)
+            content = {"state": new_state, "time": time.time(), **more}
+            try:
+                text = json.dumps(content, indent=1)
+                artifact.write_whole(folder / STATUS, text, synced=True)
+            except OSError as error:  # a full disk: the run matters more
+                logger.error("%s: cannot be written: %s", folder / STATUS, error.strerror)
 
         def begin(resolved: Recipe) -> None:
             nonlocal begun
-            # First: a folder with other files of a run and no status holds a stranger's.
-            write("running", pid=os.getpid(), host=socket.gethostname())
             begun = True
             if is_main:
+                # First: a folder with other files of a run and no status holds a stranger's.
+                write("running", pid=os.getpid(), host=socket.gethostname())
                 with artifact.full_disk_said(folder):
                     artifact.write_whole(folder / CONFIG, resolved.as_yaml(), synced=True)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -114,38 +113,47 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
                 False, begin, lambda: found.result(), lambda why: write("failed", why=why)
             )  # fmt: skip
         except BaseException as error:
-            why = _stopped_by(error, processes)
-            if why is not None:
-                if begun and is_main:
+            with interruption.deferred():
+                why = _stopped_by(error, processes, folder)
+                if begun or not aside.exists():
+                    if why is not None and (is_main or interruption.reason() is not None):
+                        preempted(why)  # the others tell the main process so that it can
+                    elif why is None and is_main:
+                        write("failed", why=f"{type(error).__name__}: {error}".strip())
+                if why is not None and begun and is_main:
                     last = checkpoints(folder)[-1:]
                     goes_on = f"from {last[0]}" if last else "anew"
                     logger.info("\nstopped (%s); the same command goes on %s", why, goes_on)
-                if begun or not aside.exists():
-                    preempted(why)
-            elif begun or not aside.exists():
-                write("failed", why=f"{type(error).__name__}: {error}".strip())
-            if not begun and is_main and aside.exists():
-                _move(_ours(folder), folder / "_failed")
-                shutil.rmtree(folder / "_failed", ignore_errors=True)
-                _put_back(aside, folder)
+                if not begun and is_main and aside.exists():
+                    _move(_ours(folder), folder / "_failed")
+                    shutil.rmtree(folder / "_failed", ignore_errors=True)
+                    _put_back(aside, folder)
             if why is not None and not isinstance(error, interruption.Preempted):
                 raise interruption.Preempted(why) from error
             raise
-        write("finished")
+        if is_main:
+            write("finished")
 
 
-def _stopped_by(error: BaseException, processes: Processes) -> str | None:
+def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str | None:
     """Return what asked the run to stop; None if the error came by itself."""
     if isinstance(error, interruption.Preempted):
         return str(error)
     if isinstance(error, KeyboardInterrupt):  # where no handlers could be installed
         return "SIGINT"
-    if processes.count > 1 and isinstance(error, RuntimeError):
-        # The connection to a process that was asked to stop breaks before its launcher asks us.
-        end = time.monotonic() + SECONDS_FOR_A_SIGNAL
-        while interruption.reason() is None and time.monotonic() < end:
-            time.sleep(0.05)
-    return interruption.reason()
+    if interruption.reason() is not None or processes.count == 1:
+        return interruption.reason()
+    if not isinstance(error, RuntimeError):
+        return None
+    # The connection to another process broke. If it was asked to stop, it says so; a signal that
+    # comes to us from now on is its launcher's, who ends all when one has ended.
+    end = time.monotonic() + SECONDS_FOR_A_WORD
+    while time.monotonic() < end:
+        status = read_status(folder)
+        if status is not None and status["state"] == "preempted":
+            return f"another process was asked to stop: {status.get('why')}"
+        time.sleep(0.05)
+    return None
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -162,8 +170,8 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
     """Return "new", "unfinished" or "finished"; look only."""
     folder, resume = recipe.output_dir, options.resume
     named = Path(resume) if resume not in ("auto", "must", "never") else None
-    if named is not None and (wrong := artifact.damage(named, contents=False)):
-        raise InputError(f"--resume {resume}: {wrong}; name a whole checkpoint, or use auto")
+    if named is not None:
+        check_named(named, contents=False)
     status = read_status(folder)
     if status is None:
         foreign = [name for name in RESULTS if (folder / name).exists()]
@@ -190,7 +198,8 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
             f"{folder}: its {CONFIG} is gone, so that nobody can tell which run this is; add "
             "--overwrite to remove it, or choose another --training.output_dir"
         )
-    found = changes(described(read_recipe(folder / CONFIG)), described(recipe))
+    old, new = described(read_recipe(folder / CONFIG)), described(recipe)
+    found = changes(old, new)
     if left := refused(found, options.allow_change):
         raise InputError(
             f"{folder}: holds another run: {sentence(left)}; else choose another "
@@ -199,14 +208,14 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
     is_finished = status["state"] == "finished" and (folder / METRICS).exists()
     if not is_finished:
         return "unfinished"
-    new = [change for change in found if change.kind != "harmless"]
-    if not new:
+    differing = [change.text for change in found if change.kind != "harmless"]
+    if not differing:
         return "finished"
-    longer = any(change.key in LENGTH for change in new)
+    longer = is_longer(old, new)
     if not longer or not checkpoints(folder):
         raise InputError(
             f"{folder}: holds a finished run, to which this would not be applied: "
-            f"{'; '.join(c.text for c in new)}; "
+            f"{'; '.join(differing)}; "
             + ("it kept no checkpoint to go on from" if longer else "give it more updates with ")
             + ("" if longer else "training.max_steps")
             + ", choose another --training.output_dir, or add --overwrite to remove it"

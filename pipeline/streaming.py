@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import time
 from collections import deque
@@ -275,8 +274,7 @@ def _produce(stream: Stream, folder: Path, parent: int) -> None:
     end_with(parent)
     if multiprocessing.parent_process() is not None:
         # What asks the whole process group to stop is for the parent: it still needs its rows.
-        for number in interruption.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        interruption.ignore()
     try:
         while True:
             _produce_from(stream, folder, _wanted(folder))

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -322,8 +321,7 @@ def _start_worker(counter: Any, parent: int) -> None:
     global _counter
     _counter = counter
     end_with(parent)  # its id as it says itself: it may be gone by now
-    for number in interruption.SIGNALS:  # sent to the whole group, they are for the parent
-        signal.signal(number, signal.SIG_IGN)
+    interruption.ignore()  # signals sent to the whole group are for the parent
 
 
 def _work_on(file: Path, place: Path, made_from: dict, shard: Shard) -> None:

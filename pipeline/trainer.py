@@ -142,6 +142,10 @@ class PretrainingTrainer(Trainer):
             RunFailed: a loss or gradient is not finite, and there are no rollbacks left.
             Preempted: the run was asked to stop, and has saved a checkpoint.
         """
+        self._watchdog = Watchdog(
+            self.recipe.faults.hang_seconds,
+            rank=self._processes.rank, count=self._processes.count, last_words=last_words,
+        )  # fmt: skip
         folder = Path(self.args.output_dir)
         find = find or functools.partial(checkpoint.chosen, folder, resume)
         found = self._processes.told(lambda: self._chosen(find, resume, allow_change))
@@ -150,11 +154,7 @@ class PretrainingTrainer(Trainer):
             return
         self._processes.told(lambda: self._check_room(found))
         self._stop_if_asked()
-        watched = Watchdog(
-            self.recipe.faults.hang_seconds,
-            rank=self._processes.rank, count=self._processes.count, last_words=last_words,
-        )  # fmt: skip
-        with interruption.deferred(), watched as self._watchdog:
+        with interruption.deferred(), self._watchdog:
             self._train_with_rollbacks(found)
         self._stop_if_asked()
         self._spent = self._clock.spent(self.state.global_step)
@@ -223,10 +223,13 @@ class PretrainingTrainer(Trainer):
         if found is None:
             return False
         state = self._training_state.progress(found)
-        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        stopped_early = control.get("should_training_stop") and state.global_step < state.max_steps
-        if state.global_step < self._horizon and not stopped_early:
+        stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        waited = stopping.get("early_stopping_patience_counter", 0)
+        patience = self.recipe.evaluation.early_stopping_patience or math.inf
+        if state.global_step < self._horizon and waited < patience:
             return False
+        if state.global_step < self._horizon:
+            logger.info("the run has stopped early: %d evaluations were not better", waited)
         self.state = state
         best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
         wanted = best if self.args.load_best_model_at_end and best.is_dir() else found
@@ -264,7 +267,7 @@ class PretrainingTrainer(Trainer):
         if not self._is_sharded:
             own = rows[self._processes.rank :: self._processes.count]
             batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
-            alone = sorted(sum(self._processes.gathered(wrong_rows(self.model, batches)), []))
+            alone = self._processes.gathered(wrong_rows(self.model, batches))
         self._writer.wait()
         folder, limit = Path(self.args.output_dir), self.recipe.faults.rollbacks
         found = self._processes.told(lambda: checkpoint.newest_whole(folder, before=fault.step))
@@ -280,7 +283,7 @@ class PretrainingTrainer(Trainer):
         self._rollbacks += 1
         self._left_out |= set(rows)
         logger.error(
-            "%s. Going back to %s, without these rows from here on (%d of %d)",
+            "%s. Going back to %s, without the rows of that update from here on (%d of %d)",
             fault.described(rows, alone), found, self._rollbacks, limit,
         )  # fmt: skip
         return found
@@ -341,9 +344,11 @@ class PretrainingTrainer(Trainer):
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
-        metrics, sample = measured(
-            self.recipe, self.args, self._processes, blocks, self.processing_class
-        )
+        with self._watchdog:
+            metrics, sample = measured(
+                self.recipe, self.args, self._processes, blocks, self.processing_class,
+                after_batch=functools.partial(self._watchdog.beat, "the final measuring"),
+            )  # fmt: skip
         metrics |= {
             "train_tokens": self._tokens_seen,
             "train_tokens_per_second": self._spent["tokens_per_second"],
@@ -474,6 +479,8 @@ class PretrainingTrainer(Trainer):
         if control.should_log or control.should_evaluate or control.should_save:
             self._guard.settle()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._processes.count == 1 and interruption.reason() is not None:
+            self._is_to_stop = True  # while it was evaluating
         if can_save:
             self._owes_save = False
         if can_save and self._is_to_stop:
@@ -596,7 +603,8 @@ class PretrainingTrainer(Trainer):
         if self._is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            self._training_state.put_back_optimizer(Path(checkpoint))
+            saved = self._resumed.get("optimizer")
+            self._training_state.put_back_optimizer(Path(checkpoint), saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators, also with another number of processes."""
@@ -669,6 +677,7 @@ class PretrainingTrainer(Trainer):
             "samples_bytes": samples.stat().st_size if samples.exists() else 0,
             "left_out": sorted(self._left_out),
             "rollbacks": self._rollbacks,
+            "optimizer": self._training_state.optimizer_name,
         }
 
     def _derived(self) -> list[str]:

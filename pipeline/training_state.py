@@ -11,6 +11,8 @@ import functools
 import io
 import itertools
 import json
+import logging
+import pickle
 import random
 import tempfile
 from collections.abc import Callable
@@ -24,10 +26,16 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from pipeline import artifact
+from pipeline.checkpoint import STATE
 from pipeline.recipe import InputError, first_line
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
-SCALER, STATE = "scaler.pt", "trainer_state.json"
+SCALER = "scaler.pt"
+
+# Of a group of parameters: what the recipe says, unlike what an optimizer counts there.
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+
+logger = logging.getLogger(__name__)
 
 Files = dict[str, bytes | Callable[[Path], Any]]
 
@@ -58,7 +66,7 @@ class TrainingState:
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
             **self._unchanging_files(),
-            WEIGHTS: functools.partial(save_file, self._copy["weights"], metadata={"format": "pt"}),
+            WEIGHTS: functools.partial(_write_weights, self._copy["weights"]),
             OPTIMIZER: functools.partial(torch.save, self._copy["optimizer"]),
             SCHEDULER: _bytes_of(trainer.lr_scheduler.state_dict()),
             STATE: functools.partial(_write_state, _copied_state(trainer)),
@@ -87,29 +95,45 @@ class TrainingState:
         Raises:
             InputError: they are another model's, or no such file can be read.
         """
-        path = folder / WEIGHTS
+        path, model = folder / WEIGHTS, self._trainer.model
         try:
-            missing, unexpected = self._trainer.model.load_state_dict(load_file(path), strict=False)
-        except Exception as error:  # the Rust library's own, or shapes that differ
+            loaded = load_file(path)
+        except Exception as error:  # the Rust library has its own
             raise InputError(f"{path}: cannot be loaded: {_said(error)}") from None
-        names = set(without_tied(self._trainer.model.state_dict()))
-        if wrong := [*unexpected, *names.intersection(missing)]:
-            raise InputError(f"{path}: holds the weights of another model ({wrong[0]})")
-        self._trainer.model.tie_weights()
+        shapes = {name: list(w.shape) for name, w in without_tied(model.state_dict()).items()}
+        for name in [*shapes, *loaded]:
+            there = list(loaded[name].shape) if name in loaded else "missing"
+            if there != shapes.get(name):
+                raise InputError(
+                    f"{path}: holds the weights of another model: {name} is {there}, and "
+                    f"{shapes.get(name, 'unknown')} here"
+                )
+        model.load_state_dict(loaded, strict=False)  # a tied one is stored once
+        model.tie_weights()
 
-    def put_back_optimizer(self, folder: Path) -> None:
+    def put_back_optimizer(self, folder: Path, saved: str | None = None) -> None:
         """Load the optimizer and the place in the schedule; rates and decay are the recipe's.
 
         PyTorch would bring those of the checkpoint back, and a changed one would be ignored.
+        `saved` is the `optimizer_name` of the checkpoint: another optimizer begins without a state.
 
         Raises:
             InputError: they are another optimizer's, or no such file can be read.
         """
         optimizer, scheduler = self._trainer.optimizer, self._trainer.lr_scheduler
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        settings = [
+            {name: group[name] for name in SETTINGS if name in group}
+            for group in optimizer.param_groups
+        ]
         try:
-            optimizer.load_state_dict(_loaded(folder / OPTIMIZER))
             scheduler.load_state_dict(_loaded(folder / SCHEDULER))
+            if saved in (None, self.optimizer_name):
+                optimizer.load_state_dict(_loaded(folder / OPTIMIZER))
+            else:
+                logger.warning(
+                    "the state in %s is that of %s: %s begins without one",
+                    folder / OPTIMIZER, saved, self.optimizer_name,
+                )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -117,10 +141,17 @@ class TrainingState:
                 f"{folder / OPTIMIZER}: is another optimizer's state: {_said(error)}"
             ) from None
         scheduler.base_lrs = [group["initial_lr"] for group in settings]
-        rates = scheduler.get_lr()
+        curves = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [rate * curve(scheduler.last_epoch) for rate, curve in curves]
         for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
             group.update({**own, "lr": rate})
         scheduler._last_lr = rates
+
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the optimizer, without what wraps it."""
+        optimizer = self._trainer.optimizer
+        return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
     def put_back_random_state(self, folder: Path) -> None:
         """Restore this process's generators; of a process that is new, as the first one's.
@@ -224,6 +255,18 @@ def _copied_state(trainer: Trainer) -> TrainerState:
     return state
 
 
+def _write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write them, if they are numbers.
+
+    Raises:
+        ValueError: an update has made one infinite, which the next one would find out.
+    """
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is infinite or not a number")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def _write_state(state: TrainerState, path: Path) -> None:
     """Write what `TrainerState.load_from_json` reads, the logs entry by entry.
 
@@ -252,10 +295,13 @@ def _bytes_of(value: Any) -> bytes:
 def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zip's, and torch's own
+    except pickle.UnpicklingError:
         raise InputError(
-            f"{path}: is no file of tensors and numbers that can be loaded: {_said(error)}"
+            f"{path}: cannot be loaded: it is broken, or holds more than tensors, numbers and "
+            "text, which could run any program and is not opened"
         ) from None
+    except Exception as error:  # pickle's, zip's, and torch's own
+        raise InputError(f"{path}: cannot be loaded: {_said(error)}") from None
 
 
 def _said(error: Exception) -> str:

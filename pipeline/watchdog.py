@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from pipeline.processes import ATTEMPT
+
 # After one process has said where it hangs, the others get so long to say it too.
 SECONDS_FOR_OTHERS = 3.0
 
@@ -34,7 +36,8 @@ class Watchdog:
         self._store = None
         if count > 1:
             store = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore("watchdog", store)
+            attempt = os.environ.get(ATTEMPT, "0")
+            self._store = dist.PrefixStore(f"watchdog {attempt}", store)
 
     def beat(self, where: str) -> None:
         """Say that the process goes on, and with what."""
@@ -42,7 +45,7 @@ class Watchdog:
         self._beats += 1
 
     def __enter__(self) -> "Watchdog":
-        self._heard = time.monotonic()
+        self.beat("the start")
         self._ended.clear()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -53,6 +56,7 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
+        self._post()
         while not self._ended.wait(min(5.0, self._seconds / 4)):
             self._post()
             silent = time.monotonic() - self._heard
@@ -67,11 +71,20 @@ class Watchdog:
     def _end(self, silent: float) -> None:
         why = (
             f"process {self._rank} of {self._count} ({socket.gethostname()}, pid {os.getpid()}): "
-            f"nothing has happened for {silent:.0f} s, in {self._where}{self._others()}"
+            f"nothing has happened for {silent:.0f} s, in {self._where}"
         )
         sys.stderr.write(f"\nerror: {why}; where each of its threads is:\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        # The store may be kept by the very process that is frozen: asking it then never returns.
+        said: list[str] = []
+        asking = threading.Thread(target=lambda: said.append(self._others()), daemon=True)
+        asking.start()
+        asking.join(SECONDS_FOR_OTHERS)
+        others = said[0] if said else "; the process that keeps the store does not answer"
+        sys.stderr.write(f"process {self._rank}{others or ': no other is behind'}\n")
+        sys.stderr.flush()
+        why += others
         with contextlib.suppress(Exception):
             self._last_words(why)
         if self._count > 1:
