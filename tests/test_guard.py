@@ -329,6 +329,7 @@ def test_a_run_goes_back_and_on_without_the_rows_of_the_update(smoke_recipe, tmp
     assert artifact.read_manifest(tmp_path / "run" / "checkpoint-6")["facts"]["left_out"] == []
 
 
+@pytest.mark.slow
 def test_later_epochs_leave_the_rows_out_as_well(smoke_recipe, tmp_path):
     overrides = TWO | {
         "tokens_per_update": 32 * 48, "training__max_steps": None,
@@ -346,6 +347,7 @@ def test_later_epochs_leave_the_rows_out_as_well(smoke_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [7, 14])
+@pytest.mark.slow
 def test_a_run_killed_after_it_went_back_ends_as_one_that_was_not(smoke_recipe, tmp_path, stop):
     """Killed before its next checkpoint it meets the row again; after it, it knows of it."""
     overrides = TWO | {"model__config__resid_pdrop": 0.1}
@@ -450,6 +452,7 @@ def test_half_of_the_rows_are_never_left_out(smoke_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_stream_goes_back_too(smoke_recipe, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("pipeline.preparation.TOKENS_PER_SEGMENT", 32)
     monkeypatch.setattr("pipeline.sources.SHARD_BYTES", (4000, 4000))

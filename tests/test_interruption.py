@@ -228,7 +228,14 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
+QUICK = (in_training, in_evaluation)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MOMENTS],
+    ids=lambda moment: moment.__name__,
+)
 def test_a_run_that_is_asked_to_stop_goes_on_to_the_last_bit(
     smoke_recipe, straight, tmp_path, moment
 ):
@@ -273,6 +280,7 @@ def check_stopped(folder: Path, said: str, moment, number: int) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["workers", "streamed"])
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_workers_and_the_stream_to_their_parent(
     smoke_recipe, straight, tmp_path, monkeypatch, streaming
 ):
@@ -317,6 +325,7 @@ def test_signals_that_follow_at_once_count_as_one(smoke_recipe, straight, tmp_pa
     assert differences(outcome(folder), outcome(straight)) == []
 
 
+@pytest.mark.slow
 def test_a_later_second_signal_ends_the_process_at_once(smoke_recipe, straight, tmp_path):
     def hook() -> None:
         interruption.SAME_SECONDS = 0.1
@@ -341,6 +350,7 @@ def test_a_later_second_signal_ends_the_process_at_once(smoke_recipe, straight, 
     assert differences(outcome(folder), outcome(straight)) == []
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_the_last_whole_checkpoint_stands(smoke_recipe, straight, tmp_path):
     def look(staging, folder, *rest) -> None:
         if folder.name == "checkpoint-8":

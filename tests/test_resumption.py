@@ -249,13 +249,14 @@ EXACT = {
     "compiled": (COMPILED, [8]),
     "compiled and accumulated": ({**COMPILED, "training__per_device_train_batch_size": 8}, [8]),
 }  # fmt: skip
-LONGER = list(EXACT)[list(EXACT).index("two workers") :] + [
-    "not clipped", "sgd", "never evaluated", "adamw_torch", "epoch and a half",
-]  # fmt: skip
+QUICK = (
+    "a logged window begins before the checkpoint", "accumulated", "at an epoch's end",
+    "saved by steps, the rest by epoch", "stopped early",
+)  # fmt: skip
 
 
 def marks(case):
-    return [pytest.mark.slow] * (case in LONGER)
+    return [] if case in QUICK else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case)) for case in EXACT])
@@ -278,6 +279,7 @@ def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, case):
         assert_ended_the_same(straight, again)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_is_still_the_same(smoke_recipe, tmp_path):
     straight = trained(made(smoke_recipe, tmp_path / "straight", **BASE))
     trained(made(smoke_recipe, tmp_path / "killed", **BASE), stop=7)
@@ -287,6 +289,7 @@ def test_a_run_killed_twice_is_still_the_same(smoke_recipe, tmp_path):
     assert_ended_the_same(straight, again)
 
 
+@pytest.mark.slow
 def test_how_often_is_evaluated_changes_no_weight_of_a_resumed_run(smoke_recipe, tmp_path):
     straight = trained(made(smoke_recipe, tmp_path / "straight", **BASE))
     for number, values in enumerate(
@@ -360,6 +363,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr("pipeline.sources.SHARD_BYTES", (4000, 4000))
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_and_goes_back(smoke_recipe, tmp_path, small_segments):
     """Also where the producer is already far ahead: it has to make again what it removed."""
     overrides = {**BASE, "data__streaming": "true", "training__max_steps": 20}
@@ -421,6 +425,8 @@ def sets_rates(peak=1e-3, max_steps=20, **values):
     return act
 
 
+slow = pytest.mark.slow
+
 CHANGED = {
     "training__learning_rate": (5e-3, sets_rates(peak=5e-3)),
     "training__adam_beta2": (0.5, sets_groups(betas=(0.9, 0.5))),
@@ -433,7 +439,15 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n, marks=[] if n in ("training__learning_rate", "training__max_steps") else slow
+        )
+        for n in CHANGED
+    ],
+)
 def test_a_changed_value_counts_from_the_checkpoint_on(
     smoke_recipe, tmp_path, twenty, eight, caplog, name
 ):

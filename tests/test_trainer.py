@@ -176,33 +176,6 @@ def test_evaluating_more_often_changes_no_weight(smoke_recipe, tmp_path):
     assert equal(*ends)
 
 
-@pytest.mark.parametrize("accumulated", [False, True])
-def test_resumed_equals_uninterrupted(smoke_recipe, tmp_path, accumulated):
-    """Weights, losses and rates to the last bit, with dropout, over the end of an epoch."""
-    overrides = {
-        "training__per_device_train_batch_size": 8 if accumulated else 16,
-        "training__logging_steps": 1,
-        "training__save_steps": 6,
-        "model__config__resid_pdrop": 0.1,
-        "training__save_total_limit": 3,
-    }
-    straight = make_trainer(smoke_recipe, tmp_path / "straight", **overrides)
-    straight.train_from("never")
-
-    half = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
-    with pytest.raises(KeyboardInterrupt):
-        half.add_callback(_StopAt(14))
-        half.train_from("never")
-    again = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
-    again.train_from("auto")
-
-    assert again._clock.first_step == 12
-    assert equal(weights(straight), weights(again))
-    assert logged(straight) == logged(again)
-    assert logged(straight, "learning_rate") == logged(again, "learning_rate")
-    assert logged(straight, "eval_loss") == logged(again, "eval_loss")
-
-
 # -- streaming ------------------------------------------------------------------------------------
 
 

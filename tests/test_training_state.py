@@ -323,6 +323,7 @@ def test_a_state_of_other_groups_is_another_optimizer_s(trainer, tmp_path):
         ("adamw_torch", "sgd"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_another_optimizer_begins_without_a_state(smoke_recipe, tmp_path, caplog, one, other):
     args = {"training__optim_args": "momentum=0.9"} if one == "sgd" else {}
     first = trained(made(smoke_recipe, tmp_path / "one", **SHORT, training__optim=one, **args))
