@@ -6,6 +6,7 @@ it to `checkpoint-N`. Only then an old one goes. Writing and hashing let go of P
 (measured: no other thread waited for more than 4 ms), so that training goes on meanwhile.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 FEWEST_KEPT = 2
 
 STATE = "trainer_state.json"
+LOWEST_PRIORITY = 19
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -129,6 +131,9 @@ class Writer:
     def _write(self, step: int, contents: Contents, best: Path | None) -> None:
         folder = self._folder / f"checkpoint-{step}"
         staging = artifact.staging_of(folder)
+        with contextlib.suppress(OSError, AttributeError):
+            # On Linux a thread has a priority of its own: what computes comes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
             free = shutil.disk_usage(self._folder).free
             if free < contents.size:

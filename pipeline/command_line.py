@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
-from pipeline.library_fields import LibraryField, model_config_fields, training_fields
+from pipeline.known_fields import LibraryField, model_config_fields, training_fields
 from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section, Temperature
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from pipeline.library_fields import LibraryField, model_config_fields, training_fields
+from pipeline.known_fields import LibraryField, model_config_fields, training_fields
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
     CleaningSection,
@@ -192,21 +192,19 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(sentence_of(error, Recipe, overrides, path)) from None
-    training = _check_library_fields(
-        "training", recipe.training, training_fields(), overrides, path
-    )
+    training = _check_known_fields("training", recipe.training, training_fields(), overrides, path)
     if training.get("output_dir") == "":
         raise InputError(f"{origin}: training.output_dir is empty; leave it out for the default")
     checked = {"training": training}
     if recipe.model.config is not None:
-        config = _check_library_fields(
+        config = _check_known_fields(
             "model.config", recipe.model.config, model_config_fields(), overrides, path
         )
         checked["model"] = {**recipe.model.model_dump(exclude_unset=True), "config": config}
     return recipe.with_values(**checked)
 
 
-def _check_library_fields(
+def _check_known_fields(
     section: str,
     values: dict[str, Any],
     fields: dict[str, LibraryField],

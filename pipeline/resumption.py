@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import artifact
-from pipeline.library_fields import training_fields
+from pipeline.known_fields import training_fields
 from pipeline.recipe import InputError, Recipe
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ WITHOUT_TORCH = (
     "preparation",
     "streaming",
     "command_line",
-    "library_fields",
+    "known_fields",
     "lr_schedule",
 )
 

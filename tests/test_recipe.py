@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.library_fields import model_config_fields, training_fields
+from pipeline.known_fields import model_config_fields, training_fields
 from pipeline.recipe import InputError, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

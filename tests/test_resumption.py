@@ -23,7 +23,7 @@ from runs import (
 
 from pipeline import artifact, checkpoint, interruption, pretrain, resumption, run_folder
 from pipeline.command_line import enter
-from pipeline.library_fields import model_config_fields, training_fields
+from pipeline.known_fields import model_config_fields, training_fields
 from pipeline.lr_schedule import schedule
 from pipeline.recipe import InputError, Recipe, read_recipe
 from pipeline.row_order import PLACES_AT_ONCE, RowOrder
@@ -120,7 +120,7 @@ HARMLESS_TRAINING = {
 
 
 @pytest.mark.parametrize("name", sorted(training_fields()))
-def test_library_fields_are_refused_unless_they_are_known(name):
+def test_known_fields_are_refused_unless_they_are_known(name):
     kind = change(f"training.{name}").kind
     if name in APPLIED_TRAINING or name.startswith("ddp_") and name not in HARMLESS_TRAINING:
         assert kind == "applied"

@@ -574,7 +574,7 @@ def test_a_budget_that_does_not_divide_names_those_that_do(budget, nearest):
 
 @pytest.mark.parametrize("name", sorted(OWNED))
 def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
-    from pipeline.library_fields import training_fields
+    from pipeline.known_fields import training_fields
 
     if name not in training_fields():
         return  # a field of another transformers version
