@@ -23,9 +23,15 @@ class PerplexityCallback(TrainerCallback):
     """Measure the perplexity of named texts at each evaluation, on the main process."""
 
     def __init__(
-        self, texts: dict[str, Rows], *, batch_size: int, log: Callable[[dict[str, float]], None]
+        self,
+        texts: dict[str, Rows],
+        *,
+        batch_size: int,
+        log: Callable[[dict[str, float]], None],
+        after_batch: Callable[[], None],
     ) -> None:
         """`log` is the trainer's: what it is given reaches every reporter and the history."""
+        self._after_batch = after_batch
         self._texts = {n: HeldOutBatches(r, batch_size=batch_size) for n, r in texts.items()}
         self._log = log
 
@@ -33,7 +39,9 @@ class PerplexityCallback(TrainerCallback):
         """Score every text with the model as it is now."""
         if state.is_world_process_zero:
             for name, batches in self._texts.items():
-                score = score_rows(model, batches, device=args.device)
+                score = score_rows(
+                    model, batches, device=args.device, after_batch=self._after_batch
+                )
                 self._log(score.as_metrics(f"eval_{name}"))
 
 
@@ -41,8 +49,15 @@ class SampleCallback(TrainerCallback):
     """Show and keep what the model writes for the recipe's prompts at each evaluation."""
 
     def __init__(
-        self, section: GenerationSection, tokenizer: PreTrainedTokenizerBase, path: Path
+        self,
+        section: GenerationSection,
+        tokenizer: PreTrainedTokenizerBase,
+        path: Path,
+        *,
+        after: Callable[[], None],
     ) -> None:
+        """Write into `path`; `after` is called after each sample."""
+        self._after = after
         self._section, self._tokenizer, self._path = section, tokenizer, path
 
     def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
@@ -61,6 +76,7 @@ class SampleCallback(TrainerCallback):
             except OSError as error:  # a full disk: no reason to end a run
                 logger.error("%s: a sample was not written: %s", self._path, error.strerror)
             shown = "\n".join(text.split("\n")[:LINES_SHOWN])
+            self._after()
             tqdm.write(f"--- sample at update {state.global_step}\n{shown}\n---")
 
 

@@ -6,11 +6,11 @@ it to `checkpoint-N`. Only then an old one goes. Writing and hashing let go of P
 (measured: no other thread waited for more than 4 ms), so that training goes on meanwhile.
 """
 
-import contextlib
 import logging
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,10 @@ def newest_whole(run_folder: Path, *, before: int | None = None) -> Path | None:
             continue
         wrong = artifact.damage(folder)
         if wrong is None:
-            return folder
+            made = artifact.read_manifest(folder)["facts"].get("step", step_of(folder))
+            if made == step_of(folder):
+                return folder
+            wrong = f"{folder} was made after update {made}, and renamed"
         logger.warning("checkpoint skipped: %s", wrong)
     return None
 
@@ -80,11 +83,16 @@ def check_named(folder: Path, *, contents: bool = True) -> None:
     Raises:
         InputError: it is not.
     """
+    choices = "name a whole checkpoint, or use auto, must or never"
+    if not folder.is_dir():
+        raise InputError(f"--resume {folder}: no such folder; {choices}")
+    if inside := checkpoints(folder):
+        raise InputError(f"--resume {folder}: holds checkpoints; name one, such as {inside[-1]}")
     wrong = artifact.damage(folder, contents=contents)
     if wrong is None and STATE not in artifact.read_manifest(folder)["files"]:
         wrong = "it is an artifact of another kind"
     if wrong:
-        raise InputError(f"--resume {folder}: {wrong}; name a whole checkpoint, or use auto")
+        raise InputError(f"--resume {folder}: {wrong}; {choices}")
 
 
 class Contents(NamedTuple):
@@ -131,8 +139,8 @@ class Writer:
     def _write(self, step: int, contents: Contents, best: Path | None) -> None:
         folder = self._folder / f"checkpoint-{step}"
         staging = artifact.staging_of(folder)
-        with contextlib.suppress(OSError, AttributeError):
-            # On Linux a thread has a priority of its own: what computes comes first.
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            # What computes comes first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
             free = shutil.disk_usage(self._folder).free
@@ -181,10 +189,14 @@ def rotate(
             artifact.remove(folder)
 
 
-def set_aside_after(run_folder: Path, step: int) -> None:
-    """Rename the checkpoints after an update, to which a run went back: the next are another's."""
+def set_aside_after(run_folder: Path, step: int, *, but: Path) -> None:
+    """Rename the checkpoints after an update to which a run goes back: they are another history's.
+
+    `but` is the one that it goes on from.
+    """
     for folder in checkpoints(run_folder):
-        if step_of(folder) > step and artifact.damage(folder, contents=False) is None:
+        is_it = folder.resolve() == but.resolve()
+        if step_of(folder) > step and not is_it and artifact.damage(folder, contents=False) is None:
             aside = artifact.free_name(folder, "superseded")
             os.rename(folder, aside)
             logger.info("going back to update %d: %s is now %s", step, folder, aside.name)
@@ -206,7 +218,8 @@ def check_room(
     """
     count = planned
     if keep is not None:  # an old one goes when the new one is whole
-        there = len(checkpoints(run_folder))
+        found = checkpoints(run_folder)
+        there = sum(artifact.damage(folder, contents=False) is None for folder in found)
         count = max(0, min(planned, keep + 1 + has_best - there))
     free = shutil.disk_usage(run_folder).free
     if free < count * size:

@@ -60,7 +60,8 @@ class Guard:
 
     On a CPU the answer is there at once. A GPU works behind the host: it is told to skip the
     update by itself (the optimizer's `found_inf`, which PyTorch's gradient scaler uses as well),
-    and the host asks one update later, when the answer is there without waiting for it.
+    and the host asks one update later, when the answer is there without waiting for it. An
+    optimizer that is not fused cannot be told, nor can one on MPS: then the host waits.
     """
 
     def __init__(self, *, process_count: int) -> None:
@@ -71,7 +72,7 @@ class Guard:
         self,
         step: int,
         *,
-        grad_norm: torch.Tensor | float,
+        grad_norm: torch.Tensor | float | None,
         loss: torch.Tensor,
         optimizer: torch.optim.Optimizer,
         is_scaled: bool,
@@ -85,7 +86,7 @@ class Guard:
         """
         self.settle()
         wrong = ~torch.isfinite(loss.detach())
-        if not is_scaled:
+        if not is_scaled and grad_norm is not None:  # DeepSpeed may have none
             norm = torch.as_tensor(grad_norm, device=wrong.device)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             wrong = wrong | ~torch.isfinite(norm)

@@ -37,11 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,
                 processes=processes,
             )  # fmt: skip
-            run.begin(recipe)
             with data.flowing():
                 trainer.train_from(
-                    options.resume, allow_change=options.allow_change,
-                    find=run.find, last_words=run.last_words,
+                    options.resume, allow_change=options.allow_change, find=run.find,
+                    begin=lambda: run.begin(recipe), last_words=run.last_words,
                 )  # fmt: skip
             trainer.save_result()
             metrics, sample = trainer.result(data.blocks)

@@ -24,7 +24,7 @@ HARMLESS = (
     "training.disable_tqdm", "training.log_level", "training.log_on_each_node",
     "training.logging", "training.save_steps", "training.save_total_limit",
     "training.save_strategy", "training.dataloader", "training.skip_memory_metrics",
-    "training.ddp_timeout",
+    "training.ddp_timeout", "training.hub", "training.torch_empty_cache_steps",
 )  # fmt: skip
 
 # These keep the order of rows: a run can go on with the new value.
@@ -65,7 +65,7 @@ class Change(NamedTuple):
     @property
     def reason(self) -> str:
         """Why it is refused."""
-        longest = max((key for key in REFUSED if _below(self.key, key)), key=len)
+        longest = max((k for k in REFUSED if not k or _below(self.key, k)), key=len)
         return REFUSED[longest]
 
 
@@ -86,7 +86,7 @@ def check(found: Path, now: dict[str, Any], *, horizon: int, allow: Collection[s
         {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest.get("versions")},
         {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
     )
-    check_allowed(differing, allow, _keys(now["recipe"]))
+    check_allowed(differing, allow, keys(now["recipe"]))
     if left := refused(differing, allow):
         raise InputError(
             f"{found}: is a checkpoint of another run: {sentence(left)}; else resume it with its "
@@ -122,7 +122,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 def refused(found: list[Change], allow: Collection[str]) -> list[Change]:
     """Return the changes that nobody has allowed."""
     left = [change for change in found if change.kind == "refused"]
-    return [c for c in left if not any(_below(c.key, name) for name in allow)]
+    return [c for c in left if not any(_is_named(c.key, name) for name in allow)]
 
 
 def check_allowed(found: list[Change], allow: Collection[str], known: Collection[str] = ()) -> None:
@@ -133,7 +133,7 @@ def check_allowed(found: list[Change], allow: Collection[str], known: Collection
     """
     names = sorted(change.key for change in found if change.kind == "refused")
     for name in allow:
-        if not any(_below(key, name) for key in {*names, *known}):
+        if not any(_is_named(key, name) for key in {*names, *known}):
             raise InputError(
                 f"--allow_change {name}: there is no such field; "
                 + (f"what is refused: {', '.join(names)}" if names else "leave it out")
@@ -152,10 +152,11 @@ def is_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
     )
 
 
-def sentence(left: list[Change]) -> str:
-    """Return what is refused and why, and how to allow it."""
+def sentence(left: list[Change], *, can_go_on: bool = True) -> str:
+    """Return what is refused and why, and how to allow it where a run has something left to do."""
     listed = "; ".join(f"{c.text} ({c.reason})" for c in left)
-    return f"{listed}; to go on all the same add --allow_change {' '.join(c.key for c in left)}"
+    allowed = f"; to go on all the same add --allow_change {' '.join(c.key for c in left)}"
+    return listed + allowed * can_go_on
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -170,14 +171,20 @@ def described(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def _keys(values: dict[str, Any], key: str = "") -> list[str]:
-    found = []
+def keys(values: dict[str, Any], key: str = "") -> list[str]:
+    """Return the dotted names of nested fields, and those that only a checkpoint knows."""
+    found = [] if key else ["rows", "tokenizer_fingerprint"]
     for name, value in values.items():
         inner = f"{key}.{name}" if key else name
-        found += [inner, *(_keys(value, inner) if isinstance(value, dict) else [])]
+        found += [inner, *(keys(value, inner) if isinstance(value, dict) else [])]
     return found
 
 
 def _below(key: str, name: str) -> bool:
     """Whether `key` is `name`, lies below it, or is a longer name of the same beginning."""
-    return key == name or key.startswith((f"{name}.", f"{name}_")) or not name
+    return key == name or key.startswith((f"{name}.", f"{name}_"))
+
+
+def _is_named(key: str, name: str) -> bool:
+    """Whether a person who writes `name` means `key`: the field, or a section that it lies in."""
+    return key == name or key.startswith(f"{name}.")

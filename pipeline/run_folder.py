@@ -17,7 +17,15 @@ from pipeline.checkpoint import check_named, checkpoints, chosen
 from pipeline.command_line import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, read_recipe
-from pipeline.resumption import changes, described, is_longer, refused, sentence
+from pipeline.resumption import (
+    changes,
+    check_allowed,
+    described,
+    is_longer,
+    keys,
+    refused,
+    sentence,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +101,6 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
             nonlocal begun
             begun = True
             if is_main:
-                # First: a folder with other files of a run and no status holds a stranger's.
                 write("running", pid=os.getpid(), host=socket.gethostname())
                 with artifact.full_disk_said(folder):
                     artifact.write_whole(folder / CONFIG, resolved.as_yaml(), synced=True)
@@ -103,6 +110,9 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
             last = checkpoints(folder)[-1:]
             write("preempted", why=why, checkpoint=last[0].name if last else None)
 
+        if is_main and not options.overwrite:  # else the run that is set aside may still come back
+            # Before all else: a folder with other files of a run and no status holds a stranger's.
+            write("running", pid=os.getpid(), host=socket.gethostname())
         interruption.grant(recipe.faults.grace_seconds, preempted)
         # Verified while libraries are imported, rows opened and the model made.
         resume = "never" if options.overwrite else options.resume
@@ -132,7 +142,8 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
                 raise interruption.Preempted(why) from error
             raise
         if is_main:
-            write("finished")
+            with interruption.deferred():
+                write("finished")
 
 
 def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str | None:
@@ -180,8 +191,15 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
                 f"{folder}: holds {foreign[0]} that no run of ours wrote; choose another "
                 "--training.output_dir"
             )
-    whole = (c for c in checkpoints(folder) if artifact.damage(c, contents=False) is None)
-    if resume == "must" and (options.overwrite or not any(whole)):
+    if options.overwrite and resume not in ("auto", "never"):
+        raise InputError(
+            f"--overwrite removes the run in {folder}, and --resume {resume} goes on from one: "
+            "take only one of them"
+        )
+    has_whole = any(artifact.damage(c, contents=False) is None for c in checkpoints(folder))
+    if status is None and has_whole:  # nobody else has folders like these
+        status = {"state": "unknown"}
+    if resume == "must" and not has_whole and (status or {}).get("state") != "finished":
         raise InputError(f"--resume must: no whole checkpoint in {folder}")
     # A run that failed before its first checkpoint holds nothing to lose.
     if options.overwrite or status is None:
@@ -198,27 +216,36 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
             f"{folder}: its {CONFIG} is gone, so that nobody can tell which run this is; add "
             "--overwrite to remove it, or choose another --training.output_dir"
         )
-    old, new = described(read_recipe(folder / CONFIG)), described(recipe)
+    try:
+        old, new = described(read_recipe(folder / CONFIG)), described(recipe)
+    except InputError as error:
+        raise InputError(
+            f"{folder}: its {CONFIG} was changed, or written by another version ({error}); add "
+            "--overwrite to remove the run, or choose another --training.output_dir"
+        ) from None
     found = changes(old, new)
+    check_allowed(found, options.allow_change, keys(new))
+    is_finished = status["state"] == "finished" and (folder / METRICS).exists()
+    can_go_on = not is_finished or is_longer(old, new)
     if left := refused(found, options.allow_change):
         raise InputError(
-            f"{folder}: holds another run: {sentence(left)}; else choose another "
-            "--training.output_dir, or add --overwrite to remove it"
+            f"{folder}: holds another run: {sentence(left, can_go_on=can_go_on)}; "
+            f"{'else ' * can_go_on}choose another --training.output_dir, or add --overwrite to "
+            "remove it"
         )
-    is_finished = status["state"] == "finished" and (folder / METRICS).exists()
     if not is_finished:
         return "unfinished"
     differing = [change.text for change in found if change.kind != "harmless"]
     if not differing:
         return "finished"
-    longer = is_longer(old, new)
-    if not longer or not checkpoints(folder):
+    if not can_go_on or not checkpoints(folder):
+        why = "it has made all its updates; give it more training.max_steps"
+        if can_go_on:
+            why = "it kept no checkpoint to go on from"
         raise InputError(
             f"{folder}: holds a finished run, to which this would not be applied: "
-            f"{'; '.join(differing)}; "
-            + ("it kept no checkpoint to go on from" if longer else "give it more updates with ")
-            + ("" if longer else "training.max_steps")
-            + ", choose another --training.output_dir, or add --overwrite to remove it"
+            f"{'; '.join(differing)}; {why}, choose another --training.output_dir, or add "
+            "--overwrite to remove it"
         )
     return "unfinished"
 

@@ -77,15 +77,17 @@ class PretrainingTrainer(Trainer):
         self._staging: Path | None = None
         self._clock = Clock(recipe.tokens_per_update)
         self._spent: dict[str, float] = {}
+        self._watchdog = Watchdog(
+            recipe.faults.hang_seconds, rank=self._processes.rank, count=self._processes.count
+        )
         self._guard = Guard(process_count=self._processes.count)
-        self._watchdog: Watchdog | None = None
         self._order: RowOrder | None = None
         self._left_out: set[int] = set()  # rows of updates that were not made
         self._rollbacks = 0
         self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
         self._saved_step: int | None = None
         self._seen_step: int | None = None  # the last one that could be logged and saved
-        self._is_to_stop = self._owes_save = False
+        self._is_to_stop = self._owes_save = self._has_warned = False
         self._fingerprints = {
             "rows": blocks["train"].fingerprint,
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -126,6 +128,7 @@ class PretrainingTrainer(Trainer):
         *,
         allow_change: Collection[str] = (),
         find: Callable[[], Path | None] | None = None,
+        begin: Callable[[], None] = lambda: None,
         last_words: Callable[[str], None] = lambda why: None,
     ) -> None:
         """Train, from the checkpoint that `--resume auto|must|never|PATH` means, to the end.
@@ -134,21 +137,20 @@ class PretrainingTrainer(Trainer):
             resume: auto, must, never or a path.
             allow_change: fields that may differ from the checkpoint's, refused otherwise.
             find: returns that checkpoint, verified, in the main process (default: look for it).
+            begin: called when that checkpoint may be gone on from.
             last_words: called with what happened before a process that hangs is ended.
 
         Raises:
             InputError: there is no such checkpoint, it is another run's, the disk has no room for
                 the checkpoints, or the device's memory does not suffice.
             RunFailed: a loss or gradient is not finite, and there are no rollbacks left.
-            Preempted: the run was asked to stop, and has saved a checkpoint.
+            Preempted: the run was asked to stop; what it has trained is saved.
         """
-        self._watchdog = Watchdog(
-            self.recipe.faults.hang_seconds,
-            rank=self._processes.rank, count=self._processes.count, last_words=last_words,
-        )  # fmt: skip
+        self._watchdog.last_words = last_words
         folder = Path(self.args.output_dir)
         find = find or functools.partial(checkpoint.chosen, folder, resume)
         found = self._processes.told(lambda: self._chosen(find, resume, allow_change))
+        begin()
         self._take_up(found)
         if self._has_ended(found):
             return
@@ -156,23 +158,27 @@ class PretrainingTrainer(Trainer):
         self._stop_if_asked()
         with interruption.deferred(), self._watchdog:
             self._train_with_rollbacks(found)
-        self._stop_if_asked()
+        self._stop_if_asked(save=True)
         self._spent = self._clock.spent(self.state.global_step)
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, *, save: bool = False) -> None:
         if any(self._processes.gathered(interruption.reason() is not None)):
+            if save:  # the recipe may have wanted no checkpoint
+                self._save_checkpoint(self.model, None)
+                self._finish_writing()
             raise interruption.Preempted(interruption.reason() or ANOTHER_STOPPED)
 
     def _train_with_rollbacks(self, found: Path | None) -> None:
         while True:
             try:
                 self.train(resume_from_checkpoint=str(found) if found else None)
+                self._guard.settle()
                 self._processes.end_vote()
-                self._finish_writing()
                 return
             except NonFinite as fault:
                 self._end_progress()
-                found = self._place_before(fault)
+                with self._watchdog.paused():
+                    found = self._place_before(fault)
                 self._take_up(found)
             except interruption.Preempted:
                 self._end_progress()
@@ -181,6 +187,8 @@ class PretrainingTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 raise InputError(out_of_memory_sentence(self.recipe, self.args)) from None
+            finally:
+                self._finish_writing_alone()
 
     def _chosen(
         self, find: Callable[[], Path | None], resume: str, allow_change: Collection[str]
@@ -192,8 +200,7 @@ class PretrainingTrainer(Trainer):
                 logger.warning("no checkpoint in %s is whole: starting afresh", folder)
             return None
         step = resumption.check(found, self._origin(), horizon=self._horizon, allow=allow_change)
-        if found.resolve().parent == folder.resolve():
-            checkpoint.set_aside_after(folder, step)
+        checkpoint.set_aside_after(folder, step, but=found)
         return found
 
     def _take_up(self, found: Path | None) -> None:
@@ -249,6 +256,8 @@ class PretrainingTrainer(Trainer):
             arguments.save_strategy, arguments.save_steps
         )
         every = every if every >= 1 else math.ceil(every * self._horizon)
+        with artifact.full_disk_said(Path(arguments.output_dir)):
+            self._training_state.prepare()
         checkpoint.check_room(
             Path(arguments.output_dir),
             size=size,
@@ -294,10 +303,17 @@ class PretrainingTrainer(Trainer):
         start = update * self._rows_per_update
         return self._order.rows(epoch, start, start + self._rows_per_update).tolist()
 
+    def _finish_writing_alone(self) -> None:
+        with self._watchdog.paused():
+            self._writer.wait()
+
     def _finish_writing(self) -> None:
         """Wait for the last checkpoint; the others wait for the main process."""
-        self._writer.wait()
+        self._finish_writing_alone()
         self.accelerator.wait_for_everyone()
+
+    def _beat(self) -> None:
+        self._watchdog.beat(f"the evaluation after update {self.state.global_step}")
 
     def _end_progress(self) -> None:
         self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -442,8 +458,7 @@ class PretrainingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Time the first update apart (it holds the compilation), and show that we are alive."""
         step = self.state.global_step
-        if self._watchdog is not None:
-            self._watchdog.beat(f"update {step + 1}")
+        self._watchdog.beat(f"update {step + 1}")
         with self._clock.batch(step):
             return super().training_step(*args, **kwargs)
 
@@ -509,8 +524,7 @@ class PretrainingTrainer(Trainer):
         """Sum nats and divide once: Trainer averages the means of batches of unequal size."""
 
         def show_progress() -> None:
-            if self._watchdog is not None:
-                self._watchdog.beat(f"the evaluation after update {self.state.global_step}")
+            self._beat()
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -530,21 +544,30 @@ class PretrainingTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Leave the random state as it was, so that evaluating more often changes no weight."""
+        started, grace = time.perf_counter(), self.recipe.faults.grace_seconds
         with self._clock.paused(), torch.random.fork_rng(devices=self._rng_devices()):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        if (passed := time.perf_counter() - started) > grace and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "an evaluation took %.0f s, longer than faults.grace_seconds (%g): a run that is "
+                "asked to stop in one goes back to the checkpoint before; lower evaluation.tokens",
+                passed, grace,
+            )  # fmt: skip
+        return metrics
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Copy what a checkpoint holds; a thread writes it while training goes on."""
         if self._saved_step == self.state.global_step:
             return
+        self._guard.settle()
         self._saved_step = self.state.global_step
         folder = Path(self.args.output_dir)
         if self.state.best_global_step:  # by its number: a run folder may have been moved
             best = folder / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
         with self._clock.paused():
-            if self._watchdog is not None:
-                self._watchdog.beat(f"saving after update {self.state.global_step}")
+            self._watchdog.beat(f"saving after update {self.state.global_step}")
             if self._is_sharded:
                 self._save_shards(model, trial)
                 return
@@ -568,9 +591,12 @@ class PretrainingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             staging, self._staging = self._staging, None
+        if self.state.best_global_step:  # Trainer has put down the place where it was staged
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
         windows = self._processes.gathered(self._tr_loss.item())
         if self._processes.is_main:
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            self.state.save_to_json(str(staging / name / checkpoint.STATE))
             artifact.commit(staging / name, folder / name, self._origin(), self._facts(windows))
             shutil.rmtree(staging)
             checkpoint.rotate(folder, keep=self.args.save_total_limit, best=self._best)
@@ -720,10 +746,15 @@ class PretrainingTrainer(Trainer):
                 for name, file in section.texts.items()
             }
             self.add_callback(
-                PerplexityCallback(texts, batch_size=arguments.eval_batch_size, log=self.log)
+                PerplexityCallback(
+                    texts,
+                    batch_size=arguments.eval_batch_size,
+                    log=self.log,
+                    after_batch=self._beat,
+                )  # fmt: skip
             )
         if self.recipe.generation.prompts:
-            samples = Path(arguments.output_dir) / SAMPLES
-            self.add_callback(SampleCallback(self.recipe.generation, tokenizer, samples))
+            samples, written = Path(arguments.output_dir) / SAMPLES, self.recipe.generation
+            self.add_callback(SampleCallback(written, tokenizer, samples, after=self._beat))
         if section.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(section.early_stopping_patience))

@@ -62,7 +62,7 @@ class TrainingState:
             "optimizer": trainer.optimizer.state_dict(),
         }
         self._copy = _copied(tensors, self._copy)
-        if torch.cuda.is_available():
+        if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
             **self._unchanging_files(),
@@ -85,8 +85,11 @@ class TrainingState:
             "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
             "cpu": torch.random.get_rng_state(),
         }
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state(self._trainer.args.device)
+        device = self._trainer.args.device
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        if device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
         return _bytes_of(states)
 
     def put_back_weights(self, folder: Path) -> None:
@@ -125,8 +128,12 @@ class TrainingState:
             {name: group[name] for name in SETTINGS if name in group}
             for group in optimizer.param_groups
         ]
+        state = _loaded(folder / SCHEDULER)
         try:
-            scheduler.load_state_dict(_loaded(folder / SCHEDULER))
+            scheduler.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
+        try:
             if saved in (None, self.optimizer_name):
                 optimizer.load_state_dict(_loaded(folder / OPTIMIZER))
             else:
@@ -169,8 +176,11 @@ class TrainingState:
             name, keys, *rest = states["numpy"]
             np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
             torch.random.set_rng_state(states["cpu"])
-            if torch.cuda.is_available() and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"], self._trainer.args.device)
+            device = self._trainer.args.device
+            if device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], device)
+            if device.type == "mps" and "mps" in states:
+                torch.mps.set_rng_state(states["mps"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{path}: holds no state of generators: {_said(error)}") from None
 
@@ -189,6 +199,10 @@ class TrainingState:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: is no state of a Trainer: {_said(error)}") from None
         return state
+
+    def prepare(self) -> None:
+        """Get ready what the first copy would have to write on the disk, which may be full then."""
+        self._unchanging_files()
 
     def _unchanging_files(self) -> dict[str, bytes]:
         """Return what lies beside the weights for `from_pretrained`, read from memory from now on.

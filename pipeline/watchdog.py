@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -16,21 +16,26 @@ from pipeline.processes import ATTEMPT
 # After one process has said where it hangs, the others get so long to say it too.
 SECONDS_FOR_OTHERS = 3.0
 
+# A thread that wakes so much later than it asked for was not allowed to run at all.
+SECONDS_LATE = 5.0
+
 
 class Watchdog:
     """Ends the process when nothing has been heard of its training for some time.
 
     Each process posts where it is; the one that has not posted for long, or is furthest behind, is
     the one that the others wait for.
+
+    Attributes:
+        last_words: called with what happened before the process ends.
     """
 
-    def __init__(
-        self, seconds: float, *, rank: int, count: int, last_words: Callable[[str], None]
-    ) -> None:
-        """Watch `rank` of `count` processes; `last_words(why)` is called before the end."""
+    def __init__(self, seconds: float, *, rank: int, count: int) -> None:
+        """Watch `rank` of `count` processes, from when it is entered until it is left."""
         self._seconds, self._rank, self._count = seconds, rank, count
-        self._last_words = last_words
+        self.last_words: Callable[[str], None] = lambda why: None
         self._heard, self._beats, self._where = time.monotonic(), 0, "the start of training"
+        self._paused = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._store = None
@@ -43,6 +48,15 @@ class Watchdog:
         """Say that the process goes on, and with what."""
         self._heard, self._where = time.monotonic(), where
         self._beats += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that takes as long as it takes, and waits for no other process."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused, self._heard = False, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.beat("the start")
@@ -57,11 +71,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         self._post()
-        while not self._ended.wait(min(5.0, self._seconds / 4)):
+        interval = min(5.0, self._seconds / 4)
+        slept = time.monotonic()
+        while not self._ended.wait(interval):
             self._post()
-            silent = time.monotonic() - self._heard
-            if silent > self._seconds:
-                self._end(silent)
+            slept, before = time.monotonic(), slept
+            if self._paused or slept - before > interval + SECONDS_LATE:
+                self._heard = slept  # the whole process was suspended, and goes on now
+            elif slept - self._heard > self._seconds:
+                self._end(slept - self._heard)
 
     def _post(self) -> None:
         if self._store is not None:
@@ -86,7 +104,7 @@ class Watchdog:
         sys.stderr.flush()
         why += others
         with contextlib.suppress(Exception):
-            self._last_words(why)
+            self.last_words(why)
         if self._count > 1:
             time.sleep(SECONDS_FOR_OTHERS)
         os._exit(1)

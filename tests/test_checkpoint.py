@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent; damage is named; only what is ours is ever removed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from pipeline.recipe import InputError
 
 def make(run_folder: Path, step: int) -> Path:
     folder = run_folder / f"checkpoint-{step}"
-    with artifact.staged(folder, {}) as (staging, _):
+    with artifact.staged(folder, {}) as (staging, facts):
         (staging / "model.safetensors").write_bytes(bytes(range(256)) * 40)
         (staging / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        facts["step"] = step
     return folder
 
 
@@ -86,5 +88,34 @@ def test_what_resume_means(tmp_path):
     assert checkpoint.chosen(tmp_path, "never") is None
     assert checkpoint.chosen(tmp_path, "auto") == folder
     assert checkpoint.chosen(tmp_path, str(folder)) == folder
-    with pytest.raises(InputError, match="--resume elsewhere: .*missing.*name a whole checkpoint"):
+    with pytest.raises(InputError, match="--resume elsewhere: no such folder; name a"):
         checkpoint.chosen(tmp_path, "elsewhere")
+
+
+def test_a_renamed_one_is_named_skipped_and_kept(tmp_path, caplog):
+    make(tmp_path, 10)
+    make(tmp_path, 20).rename(tmp_path / "checkpoint-999")
+    assert checkpoint.newest_whole(tmp_path).name == "checkpoint-10"
+    assert "checkpoint-999 was made after update 20, and renamed" in caplog.text
+
+
+def test_only_later_ones_than_the_one_gone_back_to_are_set_aside(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-40").mkdir()
+    checkpoint.set_aside_after(tmp_path, 10, but=tmp_path / "checkpoint-30")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-10", "checkpoint-20.superseded-1", "checkpoint-30", "checkpoint-40"
+    ]  # fmt: skip
+
+
+def test_room_is_for_those_that_are_to_come(tmp_path, monkeypatch):
+    free = 1_000
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9_999, 0, free))
+    make(tmp_path, 10)
+    checkpoint.check_room(tmp_path, size=500, planned=9, keep=2, has_best=False)
+    with pytest.raises(InputError, match="need 0.00 MB there .3 more of 0.00 MB., and 0.00 MB"):
+        checkpoint.check_room(tmp_path, size=500, planned=9, keep=2, has_best=True)
+    with pytest.raises(InputError, match="lower training.save_total_limit"):
+        checkpoint.check_room(tmp_path, size=500, planned=9, keep=None, has_best=False)
+    checkpoint.check_room(tmp_path, size=500, planned=2, keep=None, has_best=False)

@@ -68,7 +68,7 @@ NOT_REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", fields(Recipe))
+@pytest.mark.parametrize("key", [*fields(Recipe)])
 def test_every_field_of_the_recipe_has_its_class(key):
     expected = NOT_REFUSED.get(key, NOT_REFUSED.get(key.split(".")[0], "refused"))
     assert change(key).kind == expected
@@ -119,12 +119,15 @@ HARMLESS_TRAINING = {
 }  # fmt: skip
 
 
+HARMLESS_BEGINNINGS = ("logging_", "trackio_", "dataloader_", "hub_", "torch_empty_cache")
+
+
 @pytest.mark.parametrize("name", sorted(training_fields()))
 def test_known_fields_are_refused_unless_they_are_known(name):
     kind = change(f"training.{name}").kind
     if name in APPLIED_TRAINING or name.startswith("ddp_") and name not in HARMLESS_TRAINING:
         assert kind == "applied"
-    elif name in HARMLESS_TRAINING or name.startswith(("logging_", "trackio_", "dataloader_")):
+    elif name in HARMLESS_TRAINING or name.startswith(HARMLESS_BEGINNINGS):
         assert kind == "harmless"
     else:
         assert kind == "refused"
@@ -615,6 +618,22 @@ def test_what_is_allowed_by_name_goes_on(smoke_recipe, tmp_path, twenty, caplog,
     assert f"{allow[0]}: null -> {value} (allowed, and applied)" in caplog.text
 
 
+def test_a_checkpoint_of_elsewhere_sets_later_ones_of_the_folder_aside(
+    smoke_recipe, tmp_path, twenty
+):
+    """Rotation would take the run's own for old ones, and the next start another's for newest."""
+    source = str(Path(twenty.args.output_dir) / "checkpoint-16")
+    for step in (540, 550):
+        folder = tmp_path / f"checkpoint-{step}"
+        with artifact.staged(folder, {}) as (staging, facts):
+            (staging / "trainer_state.json").write_text("{}")
+            facts["step"] = step
+    again = trained(made(smoke_recipe, tmp_path, **PLAIN), source)
+    assert again.state.global_step == 20
+    assert checkpoint.newest_whole(tmp_path).name == "checkpoint-20"
+    assert len(list(tmp_path.glob("checkpoint-5*.superseded-1"))) == 2
+
+
 def test_a_misspelt_permission_is_one_sentence(smoke_recipe, tmp_path, twenty):
     source = str(Path(twenty.args.output_dir) / "checkpoint-16")
     trainer = made(smoke_recipe, tmp_path, **PLAIN | {"training__seed": 1})
@@ -747,11 +766,11 @@ def truncated(folder):
 
 
 def no_checkpoint(folder):
-    return folder.parent, "manifest.json is missing or unreadable; name a whole checkpoint, or use"
+    return folder.parent, "run: holds checkpoints; name one, such as"
 
 
 def a_file(folder):
-    return folder / "model.safetensors", "manifest.json is missing or unreadable"
+    return folder / "model.safetensors", "no such folder; name a whole checkpoint, or use auto"
 
 
 @pytest.mark.parametrize("how", [damaged, truncated, no_checkpoint, a_file])

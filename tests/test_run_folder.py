@@ -216,3 +216,37 @@ def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy):
         )  # fmt: skip
     assert not (run_copy / "model.safetensors").exists()
     assert os.path.exists(run_copy / "blocks" / "train.arrow")
+
+
+def test_overwriting_and_going_on_contradict_each_other(run_copy):
+    for resume in ("must", str(run_copy / "checkpoint-10")):
+        with pytest.raises(InputError, match="take only one of them"):
+            claim(saved(run_copy), resume=resume, overwrite=True)
+
+
+def test_must_of_a_finished_run_that_kept_no_checkpoint_does_nothing(run_copy):
+    for folder in run_copy.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert claim(saved(run_copy), resume="must") == "finished"
+
+
+def test_a_recipe_of_another_version_is_said_with_a_remedy(smoke_recipe, run_copy):
+    with (run_copy / "config.yaml").open("a") as file:
+        file.write("wibble: 1\n")
+    with pytest.raises(InputError, match="written by another version .*wibble.*--overwrite"):
+        claim(recipe_for(smoke_recipe, run_copy))
+
+
+def test_a_lost_status_does_not_make_a_run_nobody_s(run_copy):
+    """Its checkpoints would be counted with those of a fresh run, and removed."""
+    recipe = saved(run_copy)
+    for name in run_folder.RESULTS:
+        (run_copy / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="--resume never starts a fresh one"):
+        claim(recipe, resume="never")
+
+
+def test_the_status_says_running_while_text_is_prepared(smoke_recipe, tmp_path):
+    recipe = recipe_for(smoke_recipe, tmp_path)
+    with opened(recipe):
+        assert run_folder.read_status(tmp_path)["state"] == "running"

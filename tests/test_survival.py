@@ -469,8 +469,8 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
 
 def fill(folder: Path, checkpoints_left: float) -> None:
     """Write a file that leaves room for so much of a checkpoint."""
-    newest = checkpoint.checkpoints(folder)[-1]
-    size = sum(p.stat().st_size for p in newest.iterdir())
+    newest = checkpoint.checkpoints(folder)[-1:]
+    size = sum(p.stat().st_size for one in newest for p in one.iterdir())
     with (folder / "filler").open("wb") as file:
         os.posix_fallocate(
             file.fileno(), 0, shutil.disk_usage(folder).free - int(checkpoints_left * size)
@@ -773,6 +773,16 @@ def test_samples_that_do_not_fit_on_the_disk_end_no_run(runs, tmp_path):
             prepare=functools.partial(at_updates, actions),
         )  # fmt: skip
         assert code == 0, said
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_before_the_first_save_ends_no_run(runs, tmp_path):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=12m", "tmpfs") as disk:
+        folder = disk / "run"
+        actions = {1: functools.partial(fill, folder, 0), 13: functools.partial(unfill, folder)}
+        code, said = runs(folder, prepare=functools.partial(at_updates, actions))
+        assert code == 0, said
+        assert "checkpoint-2: not saved: " in said
 
 
 def fill_before_the_report(folder: Path) -> None:
