@@ -190,7 +190,10 @@ def killed_at_each_step(tmp_path: Path, before: Callable[[Path], Any]) -> Iterat
             return
 
 
-@pytest.mark.parametrize("case", BEFORE)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if "one goes" in c else pytest.mark.slow) for c in BEFORE],
+)
 def test_a_save_killed_at_any_step_leaves_the_old_or_the_new(tmp_path, known_versions, case):
     steps, old_states, new_state = BEFORE[case]
     seen = []

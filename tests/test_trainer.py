@@ -236,7 +236,14 @@ def straight(smoke_recipe, tmp_path_factory):
         return train(streamed(smoke_recipe, folder, **WITH_DROPOUT))
 
 
-@pytest.mark.parametrize("how", ["as it was left", "ring deleted", "workers"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "as it was left",
+        pytest.param("ring deleted", marks=pytest.mark.slow),
+        pytest.param("workers", marks=pytest.mark.slow),
+    ],
+)
 def test_a_streamed_run_resumed_equals_uninterrupted(
     smoke_recipe, tmp_path, small_segments, straight, how
 ):
@@ -380,23 +387,6 @@ def test_a_run_stopped_after_its_last_update_trains_no_further(smoke_recipe, tmp
     assert equal(weights(straight), weights(again))
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "stopped")][-1] == "checkpoint-20"
     assert [e for e in again.history if "loss" in e] == [e for e in stopped.history if "loss" in e]
-
-
-def test_a_resumed_run_stops_early_where_an_uninterrupted_one_does(smoke_recipe, tmp_path):
-    overrides = {
-        "training__learning_rate": 1e-12, "training__eval_steps": 2, "training__save_steps": 2,
-        "evaluation__early_stopping_patience": 3,
-    }  # fmt: skip
-    straight = make_trainer(smoke_recipe, tmp_path / "straight", **overrides)
-    straight.train_from("never")
-    assert 8 <= straight.state.global_step < 20
-    half = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
-    half.add_callback(_StopAt(straight.state.global_step - 1))
-    with pytest.raises(KeyboardInterrupt):
-        half.train_from("never")
-    again = make_trainer(smoke_recipe, tmp_path / "half", **overrides)
-    again.train_from("auto")
-    assert again.state.global_step == straight.state.global_step
 
 
 @pytest.mark.parametrize(
