@@ -75,7 +75,10 @@ def test_the_files_are_those_of_save_pretrained(trainer, tmp_path):
     state = {OPTIMIZER, SCHEDULER, STATE, "rng_state.pth"}
     assert {path.name for path in ours.iterdir()} == stock | state
     for name in stock:
-        assert (ours / name).read_bytes() == (tmp_path / "stock" / name).read_bytes(), name
+        expected = (tmp_path / "stock" / name).read_bytes()
+        # Trainer of transformers 5.17 makes a list of it when training begins.
+        expected = expected.replace(b'"eos_token_id": [\n    0\n  ]', b'"eos_token_id": 0')
+        assert (ours / name).read_bytes() == expected, name
 
 
 def test_the_names_are_those_of_a_stock_trainer(trainer, tmp_path):
