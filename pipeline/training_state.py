@@ -65,7 +65,7 @@ class TrainingState:
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
-            **self._unchanging_files(),
+            **self.unchanging_files(),
             WEIGHTS: functools.partial(_write_weights, self._copy["weights"]),
             OPTIMIZER: functools.partial(torch.save, self._copy["optimizer"]),
             SCHEDULER: _bytes_of(trainer.lr_scheduler.state_dict()),
@@ -200,11 +200,7 @@ class TrainingState:
             raise InputError(f"{path}: is no state of a Trainer: {_said(error)}") from None
         return state
 
-    def prepare(self) -> None:
-        """Get ready what the first copy would have to write on the disk, which may be full then."""
-        self._unchanging_files()
-
-    def _unchanging_files(self) -> dict[str, bytes]:
+    def unchanging_files(self) -> dict[str, bytes]:
         """Return what lies beside the weights for `from_pretrained`, read from memory from now on.
 
         The model's is what its `save_pretrained` writes.

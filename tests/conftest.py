@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for their threads
 
+import gc
 import random
 import shutil
 from pathlib import Path
@@ -94,3 +95,12 @@ def finished_run(tmp_path_factory, smoke_recipe) -> Path:
 def run_copy(tmp_path, finished_run) -> Path:
     """A copy of the finished run, to be changed."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def few_objects_to_collect():
+    """Each run begins with a collection over everything that was ever imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

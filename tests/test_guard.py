@@ -1,6 +1,5 @@
 """An update that would not be finite is not made; its rows are named, and may be left out."""
 
-import gc
 import json
 import math
 from types import SimpleNamespace
@@ -19,13 +18,7 @@ from pipeline.trainer import PretrainingTrainer
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    """Each run begins with a collection over everything that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 
 
 # -- the look -------------------------------------------------------------------------------------

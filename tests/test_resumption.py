@@ -1,6 +1,5 @@
 """What may differ between a checkpoint and its run, and that what may not differ does not."""
 
-import gc
 import json
 import os
 import shutil
@@ -28,14 +27,7 @@ from pipeline.lr_schedule import schedule
 from pipeline.recipe import InputError, Recipe, read_recipe
 from pipeline.row_order import PLACES_AT_ONCE, RowOrder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    """Each run begins with a collection over everything that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 
 
 # -- the tables -----------------------------------------------------------------------------------
