@@ -2,16 +2,13 @@
 
 import importlib.util
 import logging
-import os
-import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import Trainer, TrainingArguments
 
+from pipeline import attention, machine
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
@@ -105,8 +102,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     on_cpu = stated.get("use_cpu", False) or not (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
-    precision = _precision(recipe.precision, on_cpu=on_cpu)
-    if stated.get("torch_compile") and on_cpu and not _compiler_is_there():
+    precision = machine.precision(recipe.precision, on_cpu=on_cpu)
+    if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
     patience = recipe.evaluation.early_stopping_patience
@@ -154,15 +151,18 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     if arguments.max_steps > 0:
         schedule(recipe.schedule, max_steps=arguments.max_steps)  # a warm-up too long: now
     if on_cpu:
-        torch.set_num_threads(_threads())
-        # Compiled GPT-2 on two threads otherwise adds embedding gradients in changing order.
-        torch.use_deterministic_algorithms(True)
-        # Filling every new tensor with NaN, to expose reads of it, costs a fifth of a small step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        machine.prepare_cpu()
     chosen = {
         "precision": precision,
         "model": recipe.model.model_dump(exclude_unset=True)
-        | {"attn_implementation": recipe.model.attn_implementation or "sdpa"},
+        | {
+            "attn_implementation": recipe.model.attn_implementation
+            or attention.fastest(
+                block_size=recipe.data.block_size,
+                attend_across=recipe.data.attend_across,
+                on_cpu=on_cpu,
+            )
+        },
         "training": {**recipe.training, "torch_compile": arguments.torch_compile},
     }
     return recipe.with_values(**chosen), arguments
@@ -207,14 +207,9 @@ def out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:
             f"accumulation makes up for it), or {remedy}"
         )
     return (
-        f"out of memory on {device_name(arguments.device)} with {batch} rows of "
+        f"out of memory on {machine.device_name(arguments.device)} with {batch} rows of "
         f"{recipe.data.block_size} tokens at once; try {remedy}"
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a person calls the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_values(stated: dict[str, Any]) -> None:
@@ -253,44 +248,3 @@ def _reporters(report_to: str | list[str] | None) -> list[str]:
     """Return those named reporters that are a package of the same name."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     return [name for name in names if name in ("tensorboard", "trackio", "wandb", "mlflow")]
-
-
-def _precision(asked: str, *, on_cpu: bool) -> str:
-    """Return fp32, bf16 or fp16 for the device at hand."""
-    cuda = torch.cuda.is_available() and not on_cpu
-    if cuda:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif on_cpu:
-        # Other processors emulate bf16 products, slower than fp32.
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has_bf16 = False  # MPS: autocast to bf16 depends on the macOS version
-    if asked == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if asked == "bf16" and not has_bf16:
-        raise InputError("precision: bf16 is not in this device's hardware; use auto or fp32")
-    if asked == "fp16" and not cuda:
-        raise InputError(
-            "precision: fp16 needs a CUDA GPU, and none is used here; use auto or fp32"
-        )
-    return asked
-
-
-def _compiler_is_there() -> bool:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-def _threads() -> int:
-    """Return the threads of this process: what OMP_NUM_THREADS says, else its share of the cores.
-
-    `accelerate launch` without a config sets OMP_NUM_THREADS to 1, which nobody has asked for.
-    """
-    said = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
-    by_launcher = said == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if said and not by_launcher:
-        return torch.get_num_threads()
-    cores = psutil.cpu_count(logical=False) or 1
-    if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

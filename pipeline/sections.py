@@ -274,7 +274,8 @@ class ModelSection(Section):
     pretrained: str | None = None
     """Folder or Hub name of a GPT-2 to go on from, instead of `config`."""
     attn_implementation: str | None = None
-    """Attention of transformers: eager, sdpa, flash_attention_2, ... (default: the library's)."""
+    """Attention: eager, sdpa, flash_attention_2, ... (default: the fastest of ours that keeps documents
+    as data.attend_across says: blockwise_causal, sdpa_causal or sdpa)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":

@@ -22,10 +22,10 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import artifact
-from pipeline.arguments import device_name
 from pipeline.blocks import HeldOutBatches, Rows, collate
 from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
 from pipeline.lr_schedule import schedule
+from pipeline.machine import device_name
 from pipeline.model import parameter_count
 from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes

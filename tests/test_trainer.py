@@ -623,12 +623,12 @@ def test_a_reporter_that_nobody_knows(smoke_recipe, tmp_path):
 
 
 def test_every_choice_that_was_made_is_in_the_recipe(smoke_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.arguments._compiler_is_there", lambda: False)
+    monkeypatch.setattr("pipeline.machine.has_compiler", lambda: False)
     values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
     recipe = read_recipe(smoke_recipe, {**values, "training.torch_compile": True})
     resolved, _ = training_arguments(recipe)
     assert resolved.training["torch_compile"] is False
-    assert resolved.model.attn_implementation == "sdpa"
+    assert resolved.model.attn_implementation == "blockwise_causal"
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monkeypatch):
@@ -644,7 +644,7 @@ def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monke
 
 
 def test_without_a_compiler_it_goes_on_and_says_so(smoke_recipe, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("pipeline.arguments._compiler_is_there", lambda: False)
+    monkeypatch.setattr("pipeline.machine.has_compiler", lambda: False)
     values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
     recipe = read_recipe(smoke_recipe, {**values, "training.torch_compile": True})
     _, arguments = training_arguments(recipe)

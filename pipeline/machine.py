@@ -1,0 +1,78 @@
+"""What the machine has, and how it is set up for training: precision, threads, memory, compiler."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipeline.recipe import InputError
+
+# glibc's malloc gives a block of 128 KB to 32 MB and more back to the kernel as soon as it is free,
+# and the next update pays for every page again: 1.36 times a stock step of GPT-2 small on two
+# cores. Numbers of the two parameters: <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER_GIVEN_BACK = 2**31 - 1
+
+
+def prepare_cpu() -> None:
+    """Set threads, determinism and memory for training on the CPU."""
+    torch.set_num_threads(_threads())
+    # Compiled GPT-2 on two threads otherwise adds embedding gradients in changing order.
+    torch.use_deterministic_algorithms(True)
+    # Filling every new tensor with NaN, to expose reads of it, costs a fifth of a small step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with contextlib.suppress(AttributeError, OSError):  # another C library keeps its own way
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, _NEVER_GIVEN_BACK)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def precision(asked: str, *, on_cpu: bool) -> str:
+    """Return fp32, bf16 or fp16 for the device at hand."""
+    cuda = torch.cuda.is_available() and not on_cpu
+    if cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif on_cpu:
+        # Other processors emulate bf16 products, slower than fp32.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has_bf16 = False  # MPS: autocast to bf16 depends on the macOS version
+    if asked == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if asked == "bf16" and not has_bf16:
+        raise InputError("precision: bf16 is not in this device's hardware; use auto or fp32")
+    if asked == "fp16" and not cuda:
+        raise InputError(
+            "precision: fp16 needs a CUDA GPU, and none is used here; use auto or fp32"
+        )
+    return asked
+
+
+def has_compiler() -> bool:
+    """Tell whether torch.compile can build programs for a CPU."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _threads() -> int:
+    """Return the threads of this process: what OMP_NUM_THREADS says, else its share of the cores.
+
+    `accelerate launch` without a config sets OMP_NUM_THREADS to 1, which nobody has asked for.
+    """
+    said = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    by_launcher = said == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if said and not by_launcher:
+        return torch.get_num_threads()
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
