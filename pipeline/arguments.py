@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         schedule(recipe.schedule, max_steps=arguments.max_steps)  # a warm-up too long: now
     if on_cpu:
         machine.prepare_cpu()
+    if recipe.optimizer.name == "muon":
+        _check_muon(stated)
     chosen = {
         "precision": precision,
         "model": recipe.model.model_dump(exclude_unset=True)
@@ -166,6 +169,20 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         "training": {**recipe.training, "torch_compile": arguments.torch_compile},
     }
     return recipe.with_values(**chosen), arguments
+
+
+def _check_muon(stated: dict[str, Any]) -> None:
+    if "optim" in stated:
+        raise InputError(
+            f"training.optim: {stated['optim']} contradicts optimizer.name: muon, which brings its "
+            "own; leave one of them out"
+        )
+    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if any(os.environ.get(name, "false").lower() in ("1", "true") for name in launcher):
+        raise InputError(
+            "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
+            "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
+        )
 
 
 def gradient_accumulation_steps(

@@ -36,19 +36,26 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def has_bf16(device_type: str) -> bool:
+    """Tell whether the device multiplies bf16 itself: emulated products are slower than fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False  # MPS: it depends on the macOS version
+
+
 def precision(asked: str, *, on_cpu: bool) -> str:
-    """Return fp32, bf16 or fp16 for the device at hand."""
+    """Return fp32, bf16 or fp16 for the device at hand.
+
+    Raises:
+        InputError: its hardware lacks what is asked.
+    """
     cuda = torch.cuda.is_available() and not on_cpu
-    if cuda:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif on_cpu:
-        # Other processors emulate bf16 products, slower than fp32.
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has_bf16 = False  # MPS: autocast to bf16 depends on the macOS version
+    can = has_bf16("cuda" if cuda else "cpu" if on_cpu else "mps")
     if asked == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if asked == "bf16" and not has_bf16:
+        return "bf16" if can else "fp32"
+    if asked == "bf16" and not can:
         raise InputError("precision: bf16 is not in this device's hardware; use auto or fp32")
     if asked == "fp16" and not cuda:
         raise InputError(

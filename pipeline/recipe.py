@@ -21,6 +21,7 @@ from pipeline.sections import (
     FaultSection,
     GenerationSection,
     ModelSection,
+    OptimizerSection,
     ScheduleSection,
     Section,
     SourceSection,
@@ -85,6 +86,7 @@ class Recipe(Section):
     data: DataSection
     cleaning: CleaningSection = Field(default_factory=CleaningSection)
     model: ModelSection
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)

@@ -29,7 +29,8 @@ HARMLESS = (
 
 # These keep the order of rows: a run can go on with the new value.
 APPLIED = (
-    "schedule", "precision", "evaluation", "model.attn_implementation", "model.config.attn_pdrop",
+    "schedule", "precision", "evaluation", "optimizer.momentum", "optimizer.newton_schulz_steps",
+    "optimizer.matrix_rate", "model.attn_implementation", "model.config.attn_pdrop",
     "model.config.embd_pdrop", "model.config.resid_pdrop", "training.learning_rate",
     "training.weight_decay", "training.adam", "training.max_grad_norm", "training.max_steps",
     "training.num_train_epochs", "training.per_device", "training.torch_compile",
@@ -45,6 +46,7 @@ REFUSED = {
     "training.seed": "the rows come in another order: some would be seen twice, others never",
     "training.data_seed": "the rows come in another order: some would be seen twice, others never",
     "training.optim": "the state of the optimizer is another one's",
+    "optimizer.name": "the state of the optimizer is another one's",
     "data": "the rows are others",
     "cleaning": "the rows are others",
     "rows": "the rows are others",

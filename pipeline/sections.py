@@ -274,8 +274,8 @@ class ModelSection(Section):
     pretrained: str | None = None
     """Folder or Hub name of a GPT-2 to go on from, instead of `config`."""
     attn_implementation: str | None = None
-    """Attention: eager, sdpa, flash_attention_2, ... (default: the fastest of ours that keeps documents
-    as data.attend_across says: blockwise_causal, sdpa_causal or sdpa)."""
+    """Attention: blockwise_causal, sdpa_causal, or one of transformers': eager, sdpa,
+    flash_attention_2, ... (default: fastest for device, block and data.attend_across)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -284,6 +284,19 @@ class ModelSection(Section):
                 "give exactly one of model.config and model.pretrained (null takes one back)"
             )
         return self
+
+
+class OptimizerSection(Section):
+    """The update rule; rate, decay, betas and clipping are training.learning_rate and its like."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: what training.optim says; muon: Muon for the matrices of the blocks, AdamW besides."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """muon only: share of the last momentum in the next."""
+    newton_schulz_steps: int = Field(5, ge=1, le=20)
+    """muon only: steps of the iteration that evens out the singular values."""
+    matrix_rate: float = Field(1.0, gt=0)
+    """muon only: rate of the matrices as a multiple of training.learning_rate."""
 
 
 class ScheduleSection(Section):

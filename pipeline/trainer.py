@@ -27,6 +27,7 @@ from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgr
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
 from pipeline.model import parameter_count
+from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
@@ -134,6 +135,12 @@ class PretrainingTrainer(ResumableTrainer):
             "block_size": self.recipe.data.block_size,
         }
         return metrics, sample
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Muon where the recipe says so; else Trainer's, fused AdamW by default."""
+        if self.optimizer is None and self.recipe.optimizer.name == "muon":
+            self.optimizer = muon(self.model, self.recipe.optimizer, self.args)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Our schedule: transformers' cosine with a floor climbs back after its horizon."""
