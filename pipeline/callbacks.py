@@ -109,7 +109,11 @@ class TrainingProgressCallback(ProgressCallback):
             return
         head = f"update {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            text = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
+            text = (
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "
+                f"MFU {logs['mfu']:.0%}, {logs['peak_memory_bytes'] / 1e9:.1f} GB, "
+                f"waits {logs['data_wait_fraction']:.0%} data {logs['logging_fraction']:.0%} logs"
+            )
             self.training_bar.set_postfix_str(text)
             if self.training_bar.disable:
                 started, first = self._started

@@ -21,7 +21,7 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import artifact
+from pipeline import artifact, meters
 from pipeline.blocks import HeldOutBatches, Rows, collate
 from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
 from pipeline.lr_schedule import schedule
@@ -69,6 +69,7 @@ class PretrainingTrainer(ResumableTrainer):
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
         self._has_warned = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
+        self._product_rate = meters.product_rate(arguments.device, recipe.precision)
         try:
             super().__init__(
                 recipe,
@@ -114,6 +115,7 @@ class PretrainingTrainer(ResumableTrainer):
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
+        peak_memory = meters.peak_memory_bytes(self.args.device)  # of the training
         with self._watchdog:
             metrics, sample = measured(
                 self.recipe, self.args, self._processes, blocks, self.processing_class,
@@ -124,6 +126,11 @@ class PretrainingTrainer(ResumableTrainer):
             "train_tokens_per_second": self._spent["tokens_per_second"],
             "train_seconds": self._spent["train_seconds"],
             "compile_seconds": self._spent["compile_seconds"],
+            "mfu": self._mfu(self._spent["tokens_per_second"]),
+            "product_rate_flops": self._product_rate,
+            "peak_memory_bytes": peak_memory,
+            "data_wait_fraction": self._spent["data_wait_fraction"],
+            "logging_fraction": self._spent["logging_fraction"],
             "train_bytes": round(self._tokens_seen * self._bytes_per_token)
             if blocks["train"].is_stream
             else blocks["train"].bytes,
@@ -151,21 +158,29 @@ class PretrainingTrainer(ResumableTrainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add perplexity, bits per byte, tokens and speed: here they reach every reporter."""
-        logs["tokens_seen"] = self._tokens_seen
-        step = self.state.global_step
-        logs["tokens_per_second"] = self._clock.rate(step)
-        if "loss" in logs:
-            logs["perplexity"] = perplexity(logs["loss"])
-            # By the training text's average: counting the bytes of each window would cost a sync.
-            logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
-            logs["tokens_per_second"] = self._clock.rate_since_last(step)
-        if "train_runtime" in logs:  # of the whole run, not of what came after a resume
-            seconds = self._clock.spent(step)["train_seconds"]
-            logs["train_runtime"] = seconds
-            logs["train_steps_per_second"] = step / seconds
-            logs["train_samples_per_second"] = step * self._rows_per_update / seconds
-        super().log(logs, start_time)
+        """Add perplexity, bits per byte, tokens and the meters: here they reach every reporter."""
+        with self._clock.waiting_for("logging"):
+            step = self.state.global_step
+            logs["tokens_seen"] = self._tokens_seen
+            logs["tokens_per_second"] = self._clock.rate(step)
+            if "loss" in logs:
+                logs["perplexity"] = perplexity(logs["loss"])
+                # By the training text's average: counting each window's bytes would cost a sync.
+                logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
+                logs |= self._clock.since_last(step)
+                logs["mfu"] = self._mfu(logs["tokens_per_second"])
+                logs["peak_memory_bytes"] = meters.peak_memory_bytes(self.args.device)
+            if "train_runtime" in logs:  # of the whole run, not of what came after a resume
+                seconds = self._clock.spent(step)["train_seconds"]
+                logs["train_runtime"] = seconds
+                logs["train_steps_per_second"] = step / seconds
+                logs["train_samples_per_second"] = step * self._rows_per_update / seconds
+            super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Count the time that an update waits for its batches."""
+        with self._clock.waiting_for("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
         """Batches that score each token once: a DataLoader repeats rows to even out processes."""
@@ -240,6 +255,15 @@ class PretrainingTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: Trainer's count leaves out the head and attention (41 % of GPT-2 small)."""
         return 0
+
+    def _mfu(self, tokens_per_second: float) -> float:
+        """Return the share of the device's matrix-product rate that this rate of one model is."""
+        config = self.model.config
+        flops = meters.flops_per_token(
+            parameters=parameter_count(self.model), layers=config.n_layer, width=config.n_embd,
+            block_size=self.recipe.data.block_size,
+        )  # fmt: skip
+        return tokens_per_second * flops / (self._product_rate * self.args.world_size)
 
     def _derived(self) -> list[str]:
         """Say what followed from the recipe, the data and the machine."""

@@ -1,18 +1,23 @@
 """A small corpus, tokenizer, model and recipe, all made in the process; no network, one place."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for their threads
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pipeline-tests-")  # measured rates
 
 import gc
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 

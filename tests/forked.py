@@ -23,7 +23,9 @@ from pipeline.checkpoint import checkpoints, step_of
 from pipeline.command_line import enter
 from pipeline.trainer import PretrainingTrainer
 
-TIMES = ("second", "runtime", "git_commit")
+TIMES = (
+    "second", "runtime", "git_commit", "mfu", "fraction", "peak_memory", "product_rate",
+)  # fmt: skip
 SECONDS = 60.0
 
 

@@ -12,7 +12,14 @@ from transformers import TrainerCallback
 from pipeline import artifact, checkpoint
 from pipeline.trainer import PretrainingTrainer
 
-SPEED = ("_per_second", "_runtime")  # numbers that no two runs have in common
+SPEED = (
+    "_per_second",
+    "_runtime",
+    "mfu",
+    "data_wait_fraction",
+    "logging_fraction",
+    "peak_memory_bytes",
+)  # numbers that no two runs have in common
 
 
 def watched(trainer: PretrainingTrainer) -> PretrainingTrainer:

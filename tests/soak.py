@@ -26,7 +26,7 @@ from typing import Any
 
 from conftest import make_texts
 
-TIMINGS = ("second", "runtime", "time")
+TIMINGS = ("second", "runtime", "time", "mfu", "fraction", "peak_memory", "product_rate")
 ANYWHERE = "anywhere"
 
 # What each kill is aimed at, as shares; the first of them that holds at its moment is counted.

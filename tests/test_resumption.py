@@ -55,7 +55,8 @@ def fields(model, prefix=""):
 
 NOT_REFUSED = {
     "precision": "applied", "optimizer.momentum": "applied", "optimizer.matrix_rate": "applied",
-    "optimizer.newton_schulz_steps": "applied", "data.path": "harmless", "model.attn_implementation": "applied",
+    "optimizer.newton_schulz_steps": "applied", "data.path": "harmless",
+    "model.attn_implementation": "applied",
     "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",
     "generation": "harmless", "faults": "harmless",
 }  # fmt: skip
@@ -70,6 +71,7 @@ def test_every_field_of_the_recipe_has_its_class(key):
 REASONS = {
     "data": "the rows are others", "cleaning": "the rows are others",
     "tokenizer": "the same ids mean other text", "model": "the weights are another model's",
+    "optimizer": "the state of the optimizer is another one's",
     "tokens_per_update": "an update takes other rows: some would be seen twice, others never",
     "training": "it may change what the run learns",
 }  # fmt: skip
