@@ -126,6 +126,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         "run_name": recipe.output_dir.resolve().name,
         "per_device_eval_batch_size": stated.get("per_device_train_batch_size", 8),
         "dataloader_pin_memory": not on_cpu,
+        # A batch's copy from pinned memory then waits for nothing; the library's default does.
+        "accelerator_config": {"non_blocking": not on_cpu},
         "ddp_find_unused_parameters": False,  # the library's default walks the graph every step
     }
     if stated.get("load_best_model_at_end") or stated.get("save_strategy") == "best" or patience:

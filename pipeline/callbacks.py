@@ -108,6 +108,9 @@ class TrainingProgressCallback(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
         head = f"update {state.global_step}/{state.max_steps}"
+        if "compile_seconds" in logs:
+            with_it = ", compilation included" if args.torch_compile else ""
+            tqdm.write(f"{head}: the first took {logs['compile_seconds']:.1f} s{with_it}")
         if "loss" in logs:
             text = (
                 f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "

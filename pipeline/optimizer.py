@@ -50,12 +50,15 @@ class Muon(torch.optim.AdamW):
 
     def _update_matrices(self, groups: list[dict[str, Any]]) -> None:
         grad_scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        alike = defaultdict(list)
+        alike, counts = defaultdict(list), []
         for group in groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     for one in self._matrices(parameter, group):
                         alike[min(one.of.shape), max(one.of.shape), group["steps"]].append(one)
+                    counts.append(self.state[parameter]["step"])
+        if counts:
+            torch._foreach_add_(counts, 1.0 if skip is None else 1.0 - skip)
         for (short, long, steps), matrices in alike.items():
             at_once = max(1, BATCH_BYTES // (4 * short * long))
             for start in range(0, len(matrices), at_once):
@@ -64,6 +67,8 @@ class Muon(torch.optim.AdamW):
     def _matrices(self, parameter: torch.Tensor, group: dict[str, Any]) -> Iterator["_Matrix"]:
         state = self.state[parameter]
         if not state:
+            # AdamW's own loading of a state wants one in each.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["momentum_buffer"] = torch.zeros_like(parameter)
         pieces = (parameter, parameter.grad, state["momentum_buffer"])
         for piece in zip(*(t.chunk(group["parts"], 1) for t in pieces), strict=True):

@@ -67,7 +67,7 @@ class PretrainingTrainer(ResumableTrainer):
         held_out = blocks["validation"]
         if recipe.evaluation.tokens is not None:
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
-        self._has_warned = False
+        self._has_warned = self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
         self._product_rate = meters.product_rate(arguments.device, recipe.precision)
         try:
@@ -170,6 +170,9 @@ class PretrainingTrainer(ResumableTrainer):
                 logs |= self._clock.since_last(step)
                 logs["mfu"] = self._mfu(logs["tokens_per_second"])
                 logs["peak_memory_bytes"] = meters.peak_memory_bytes(self.args.device)
+                if not self._has_logged_compilation:
+                    logs["compile_seconds"] = self._clock.compile_seconds
+                    self._has_logged_compilation = True
             if "train_runtime" in logs:  # of the whole run, not of what came after a resume
                 seconds = self._clock.spent(step)["train_seconds"]
                 logs["train_runtime"] = seconds
