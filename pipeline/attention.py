@@ -8,7 +8,8 @@ without a mask function of its name gets none.
 that what is above the diagonal is not computed. On a CPU that is 1.2 to 2.1 times as fast as the
 fused kernel in bf16 (tests/benchmarks/README.md), and keeps block_size / 2 probabilities a token.
 
-Neither can keep documents apart, or leave out padding: `model` refuses both where that is asked.
+Neither can keep documents apart (`model` refuses them where that is asked) or leave out padding,
+which our rows do not have: they belong to the model that trains; the saved one opens with sdpa.
 """
 
 from typing import Any
@@ -62,6 +63,20 @@ def blockwise_causal(
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
+def sdpa_causal(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the same by PyTorch's fused attention; arguments as for `blockwise_causal`."""
+    if 1 < query.shape[2] < key.shape[2]:  # several tokens after a cache: it would cut off the keys
+        return blockwise_causal(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def fastest(*, block_size: int, attend_across: bool, on_cpu: bool) -> str:
     """Return the name of the attention that trains fastest and keeps documents as asked."""
     if not attend_across:
@@ -70,4 +85,4 @@ def fastest(*, block_size: int, attend_across: bool, on_cpu: bool) -> str:
 
 
 AttentionInterface.register("blockwise_causal", blockwise_causal)
-AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+AttentionInterface.register("sdpa_causal", sdpa_causal)

@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if missing:
                 logits[:, vocabulary:] = float("-inf")
             log_odds = F.log_softmax(logits, -1, dtype=torch.float32)
-            losses.append(-log_odds.gather(1, target) * count)
+            losses.append(-log_odds.gather(1, target) * count.float())
             error = _minus_one_at(log_odds, target).to(dtype)
             hidden_gradients.append(error @ head * count)
             product = (error.t() @ (chunk * count)).float()
@@ -88,8 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
-            (hidden_gradient * gradient).to(hidden_dtype),
-            (weight_gradient * gradient).to(weight_dtype),
+            hidden_gradient.to(hidden_dtype) * gradient,
+            weight_gradient.to(weight_dtype) * gradient,
             None,
             None,
         )

@@ -16,7 +16,8 @@ from pipeline.recipe import InputError
 # and the next update pays for every page again: 1.36 times a stock step of GPT-2 small on two
 # cores. Numbers of the two parameters: <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_NEVER_GIVEN_BACK = 2**31 - 1
+_NEVER = 2**31 - 1
+_HIGHEST_BEFORE_2_35 = 32 * 2**20  # glibc refuses a higher threshold, HEAP_MAX_SIZE / 2
 
 
 def prepare_cpu() -> None:
@@ -26,9 +27,11 @@ def prepare_cpu() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor with NaN, to expose reads of it, costs a fifth of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    with contextlib.suppress(AttributeError, OSError):  # another C library keeps its own way
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            ctypes.CDLL(None).mallopt(parameter, _NEVER_GIVEN_BACK)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(_M_MMAP_THRESHOLD, _NEVER):
+            mallopt(_M_MMAP_THRESHOLD, _HIGHEST_BEFORE_2_35)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def device_name(device: torch.device) -> str:
@@ -75,9 +78,9 @@ def _threads() -> int:
 
     `accelerate launch` without a config sets OMP_NUM_THREADS to 1, which nobody has asked for.
     """
-    said = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
-    by_launcher = said == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if said and not by_launcher:
+    said = os.environ.get("OMP_NUM_THREADS", "").strip()  # or a list, which torch has read
+    by_launcher = said == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if said not in ("", "0") and not by_launcher:
         return torch.get_num_threads()
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer

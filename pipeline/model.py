@@ -194,6 +194,7 @@ def _forward_with_loss_or_logits(
     """
     if labels is None:
         return GPT2LMHeadModel.forward(self, input_ids, *args, **kwargs)
+    kwargs |= {"use_cache": False, "return_dict": True}  # a cache hides where documents begin
     hidden = self.transformer(input_ids, *args, **kwargs).last_hidden_state
     wanted = labels[:, 1:]
     nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, wanted.flatten())

@@ -50,6 +50,7 @@ class Muon(torch.optim.AdamW):
 
     def _update_matrices(self, groups: list[dict[str, Any]]) -> None:
         grad_scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        skip = None if skip is None else skip.reshape(())
         alike, counts = defaultdict(list), []
         for group in groups:
             for parameter in group["params"]:
