@@ -134,6 +134,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         defaults["metric_for_best_model"] = "loss"
     if stated.get("metric_for_best_model", "loss").removeprefix("eval_") in _LOWER_IS_BETTER:
         defaults["greater_is_better"] = False
+    if on_cpu:  # before TrainingArguments sets what only a launcher has set until here
+        machine.prepare_cpu()
     join_after_restart(stated.get("ddp_backend") or ("gloo" if on_cpu else "nccl"))
     try:
         arguments = TrainingArguments(**{**defaults, **stated, **derived})
@@ -153,8 +155,6 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         )
     if arguments.max_steps > 0:
         schedule(recipe.schedule, max_steps=arguments.max_steps)  # a warm-up too long: now
-    if on_cpu:
-        machine.prepare_cpu()
     if recipe.optimizer.name == "muon":
         _check_muon(stated)
     chosen = {
