@@ -100,6 +100,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
                 f"training.report_to: the package {reporter} is not installed; run "
                 f"pip install {reporter}, or leave report_to out"
             )
+    if recipe.optimizer.name == "muon":
+        _check_muon(stated)
     on_cpu = stated.get("use_cpu", False) or not (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
@@ -155,8 +157,6 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         )
     if arguments.max_steps > 0:
         schedule(recipe.schedule, max_steps=arguments.max_steps)  # a warm-up too long: now
-    if recipe.optimizer.name == "muon":
-        _check_muon(stated)
     chosen = {
         "precision": precision,
         "model": recipe.model.model_dump(exclude_unset=True)
@@ -174,9 +174,9 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
 
 
 def _check_muon(stated: dict[str, Any]) -> None:
-    if "optim" in stated:
+    for name in {"optim", "optim_args"} & set(stated):
         raise InputError(
-            f"training.optim: {stated['optim']} contradicts optimizer.name: muon, which brings its "
+            f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"
         )
     launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")

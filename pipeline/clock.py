@@ -74,7 +74,7 @@ class Clock:
             return 0.0
         updates = step - self.first_step - 1
         if updates < 1:
-            return self._tokens_per_update / self.compile_seconds
+            return self._tokens_per_update / self.compile_seconds if self.compile_seconds else 0.0
         return updates * self._tokens_per_update / self._update_seconds
 
     def since_last(self, step: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,8 @@ def product_rate(device: torch.device, precision: str) -> float:
     path = memory_path()
     known: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        known = found if isinstance(found, dict) else {}
     if not isinstance(known.get(key), float):
         known[key] = _measured(device, DTYPES[precision])
         with contextlib.suppress(OSError):  # a home that cannot be written to: measured each time
@@ -53,7 +53,7 @@ def product_rate(device: torch.device, precision: str) -> float:
 
 def memory_path() -> Path:
     """Return the file that remembers measured rates; deleting it measures them again."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(cache) / "gpt2-pretraining-pipeline" / "product_rates.json"
 
 
@@ -82,4 +82,4 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
         if wait:
             wait()
         seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / statistics.median(seconds[1:])
+    return 2 * side**3 / min(seconds[1:])  # the others were disturbed
