@@ -231,6 +231,11 @@ EXACT = {
     "sgd": ({"training__optim": "sgd", "training__optim_args": "momentum=0.9"}, [8]),
     "adamw_torch": ({"training__optim": "adamw_torch"}, [8]),
     "adafactor": ({"training__optim": "adafactor"}, [8]),
+    "muon": ({"optimizer__name": "muon"}, [8]),
+    "muon, accumulated": (
+        {"optimizer__name": "muon", "training__per_device_train_batch_size": 8}, [8],
+    ),
+    "muon in bf16": ({"optimizer__name": "muon", "precision": "bf16"}, [8]),
     "workers": ({**EPOCHS, "training__save_steps": 5, "training__dataloader_num_workers": 1}, [10]),
     "stopped early": (UNTIL_IT_GETS_WORSE, [2, 6]),
     "rows with documents apart": (
@@ -249,7 +254,7 @@ EXACT = {
 }  # fmt: skip
 QUICK = (
     "a logged window begins before the checkpoint", "accumulated", "at an epoch's end",
-    "saved by steps, the rest by epoch", "stopped early",
+    "saved by steps, the rest by epoch", "stopped early", "muon",
 )  # fmt: skip
 
 
@@ -423,6 +428,28 @@ def sets_rates(peak=1e-3, max_steps=20, **values):
     return act
 
 
+def sets_muons_rates(peak=1e-3, matrix_rate=2.0):
+    def act(trainer):
+        scheduler, step = trainer.lr_scheduler, trainer.state.global_step
+        peaks = [peak, peak, peak * matrix_rate, peak * matrix_rate]
+        now = [own * scheduler.lr_lambdas[0](step) for own in peaks]
+        scheduler.base_lrs, scheduler._last_lr = peaks, now
+        for group, rate in zip(trainer.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+
+    return act
+
+
+def sets_matrices(**values):
+    def act(trainer):
+        groups = [g for g in trainer.optimizer.param_groups if "momentum" in g]
+        assert len(groups) == 2
+        for group in groups:
+            group.update(values)
+
+    return act
+
+
 slow = pytest.mark.slow
 
 CHANGED = {
@@ -466,6 +493,76 @@ def test_a_changed_value_counts_from_the_checkpoint_on(
     assert same(straight.model.state_dict(), again.model.state_dict())
     if not before:
         assert not same(twenty.model.state_dict(), again.model.state_dict())
+
+
+MUON = PLAIN | {"optimizer__name": "muon", "optimizer__matrix_rate": 2.0}
+MUONS_CHANGED = {
+    "training__learning_rate": (5e-3, sets_muons_rates(peak=5e-3)),
+    "optimizer__matrix_rate": (0.5, sets_muons_rates(matrix_rate=0.5)),
+    "optimizer__momentum": (0.6, sets_matrices(momentum=0.6)),
+    "optimizer__newton_schulz_steps": (2, sets_matrices(steps=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def muons(smoke_recipe, tmp_path_factory):
+    """The same run with Muon."""
+    folder = tmp_path_factory.mktemp("runs") / "muons"
+    return trained(made(smoke_recipe, folder, **MUON, training__save_total_limit=9))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n == "optimizer__matrix_rate" else slow)
+        for n in MUONS_CHANGED
+    ],
+)  # fmt: skip
+def test_a_changed_value_of_muon_counts_from_the_checkpoint_on(smoke_recipe, tmp_path, muons, name):
+    """With the moments of before: as if it had been changed in a run that went on."""
+    value, act = MUONS_CHANGED[name]
+    straight = made(smoke_recipe, tmp_path / "straight", **MUON)
+    straight.add_callback(Before(9, lambda: act(straight)))
+    trained(straight)
+    eight = cut_back(Path(muons.args.output_dir), tmp_path / "eight", 8)
+    again = trained(made(smoke_recipe, eight, **MUON | {name: value}), "auto")
+    assert again._clock.first_step == 8
+    assert logs(straight) == logs(again)
+    assert same(straight.model.state_dict(), again.model.state_dict())
+    assert same(straight.optimizer.state_dict()["state"], again.optimizer.state_dict()["state"])
+    assert not same(muons.model.state_dict(), again.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [("AdamW", "Muon"), pytest.param("Muon", "AdamW", marks=slow)]
+)
+def test_another_optimizer_that_is_allowed_begins_without_a_state(
+    smoke_recipe, tmp_path, request, caplog, there, here
+):
+    found = request.getfixturevalue({"AdamW": "twenty", "Muon": "muons"}[there])
+    source = Path(found.args.output_dir) / "checkpoint-16"
+    overrides = {"AdamW": PLAIN | {"optimizer__matrix_rate": 2.0}, "Muon": MUON}[here]
+    again = made(smoke_recipe, tmp_path, **overrides)
+    with pytest.raises(InputError) as caught:
+        again.train_from(str(source))
+    change = f'optimizer.name: "{there.lower()}" -> "{here.lower()}"'
+    assert f"{change} (the state of the optimizer is another one's); to go on" in str(caught.value)
+    assert again.state.global_step == 0 and not checkpoint.checkpoints(tmp_path)
+
+    trained(again, str(source), allow_change=["optimizer.name"])
+    assert f"is that of {there}: {here} begins without one" in caplog.text
+    assert list(again.seen) == [17, 18, 19, 20]
+    assert all(same(batches, found.seen[n]) for n, batches in again.seen.items())
+    states = again.optimizer.state_dict()["state"].values()
+    assert {int(state["step"]) for state in states if "exp_avg" in state} == {4}
+    matrices = [state for state in states if "exp_avg" not in state]
+    assert all("momentum_buffer" in state for state in matrices)
+    assert len(matrices) == (8 if here == "Muon" else 0)
+    curve = schedule(again.recipe.schedule, max_steps=20)
+    expected = {n: 1e-3 * curve(n - 1) for n in range(17, 21)}
+    assert {n: r for n, r in rates(again).items() if n > 16} == pytest.approx(expected, rel=1e-12)
+    peaks = [group["initial_lr"] for group in again.optimizer.param_groups]
+    assert peaks == ([1e-3, 1e-3, 2e-3, 2e-3] if here == "Muon" else [1e-3, 1e-3])
 
 
 def test_rates_are_those_of_the_new_schedule_after_the_checkpoint_and_not_before(
@@ -581,6 +678,7 @@ REFUSED = {
     "training__seed": (1, "training.seed: null -> 1 (the rows come in another order"),
     "training__data_seed": (1, "training.data_seed: null -> 1 (the rows come in another order"),
     "tokens_per_update": (1024, "tokens_per_update: 512 -> 1024 (an update takes other rows"),
+    "optimizer__name": ("muon", 'optimizer.name: "adamw" -> "muon" (the state of the optimizer'),
     "training__optim": ("sgd", 'training.optim: null -> "sgd" (the state of the optimizer is'),
     "model__config__activation_function": ("relu", '-> "relu" (the weights are another model\'s)'),
     "cleaning__longest": (500, "cleaning.longest: null -> 500 (the rows are others)"),

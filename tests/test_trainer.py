@@ -8,10 +8,13 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -458,10 +461,49 @@ def test_every_log_has_perplexity_bits_tokens_and_speed(finished_run):
         assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
         assert entry["bits_per_byte"] > 0 and entry["tokens_per_second"] > 0
         assert entry["tokens_seen"] == entry["step"] * 512
+        assert_metered(entry)
+    assert training[0]["logging_fraction"] == 0  # no log was written before the first
+    assert all(entry["logging_fraction"] > 0 for entry in training[1:])
     for entry in held_out:
         assert entry["eval_perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
         assert entry["tokens_per_second"] > 0 and entry["tokens_seen"] == entry["step"] * 512
     assert training[-1]["loss"] < training[0]["loss"]
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert_metered(metrics)
+    # 2 layers x 32 at 32 tokens: what a token takes, over what the machine gives.
+    flops = 6 * metrics["parameters"] + 12 * 2 * 32 * 32
+    assert metrics["mfu"] == pytest.approx(
+        metrics["train_tokens_per_second"] * flops / metrics["product_rate_flops"]
+    )
+    rates = [entry["mfu"] / entry["tokens_per_second"] for entry in training]
+    assert rates == pytest.approx([metrics["mfu"] / metrics["train_tokens_per_second"]] * 4)
+    assert metrics["peak_memory_bytes"] >= training[-1]["peak_memory_bytes"]
+
+
+def assert_metered(numbers: dict[str, float]) -> None:
+    """See that numbers hold the meters, each within its bounds."""
+    assert numbers["mfu"] > 0  # on a machine that others use it may be anything
+    assert 1e7 < numbers["peak_memory_bytes"] < 1e12
+    assert 0 < numbers["data_wait_fraction"] < 1 and 0 <= numbers["logging_fraction"] < 1
+    assert numbers["data_wait_fraction"] + numbers["logging_fraction"] <= 1
+
+
+def test_waiting_for_slow_data_shows(smoke_recipe, tmp_path):
+    """In each window and of the whole run, and not as logging."""
+    trainer = make_trainer(
+        smoke_recipe, tmp_path, training__max_steps=6, training__logging_steps=1,
+        training__eval_strategy="no", training__save_strategy="no",
+        training__per_device_train_batch_size=16,
+    )  # fmt: skip
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: time.sleep(0.15) or collate(rows)
+    trainer.train_from("never")
+    windows = [e for e in trainer.state.log_history if "data_wait_fraction" in e][1:]
+    assert len(windows) == 5
+    shares = [w["data_wait_fraction"] for w in windows]
+    assert statistics.median(shares) > 0.5 and trainer._spent["data_wait_fraction"] > 0.5
+    assert statistics.median(w["logging_fraction"] for w in windows) < 0.4
+    assert 5 * 0.15 <= trainer._spent["data_seconds"] <= trainer._spent["update_seconds"]
 
 
 def test_extra_texts_and_samples(smoke_recipe, tmp_path):
@@ -597,6 +639,11 @@ def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
         ({"training.eval_strategy": "sometimes"}, "training: .*sometimes"),
         ({"training.optim": "adamw_torhc"}, "training: .*adamw_torhc"),
         (
+            {"training.optim": "sgd", "optimizer.name": "muon"},
+            "^training.optim: sgd contradicts optimizer.name: muon, which brings its own; leave "
+            "one of them out$",
+        ),
+        (
             {"training.eval_strategy": "no", "evaluation.early_stopping_patience": 2},
             "early_stopping_patience counts evaluations",
         ),
@@ -609,6 +656,29 @@ def test_values_that_cannot_work(smoke_recipe, tmp_path, overrides, words):
     recipe = read_recipe(smoke_recipe, {"training.output_dir": str(tmp_path), **overrides})
     with pytest.raises(InputError, match=words):
         training_arguments(recipe)
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_muon_is_refused_where_matrices_are_sharded(smoke_recipe, tmp_path, monkeypatch, launcher):
+    """As `accelerate launch` says it to each process, before anything is set up for it."""
+    monkeypatch.setattr("accelerate.utils.DeepSpeedPlugin", Mock)  # its package may not be there
+    monkeypatch.setenv(launcher, "true")
+    values = {"training.output_dir": str(tmp_path), "optimizer.name": "muon"}
+    with pytest.raises(InputError) as caught:
+        training_arguments(read_recipe(smoke_recipe, values))
+    assert str(caught.value) == (
+        "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
+        "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
+    )
+
+
+@pytest.mark.parametrize("said", ["0", "false"])
+def test_muon_goes_where_a_launcher_shards_nothing(smoke_recipe, tmp_path, monkeypatch, said):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", said)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", said)
+    values = {"training.output_dir": str(tmp_path), "optimizer.name": "muon"}
+    recipe, _ = training_arguments(read_recipe(smoke_recipe, values))
+    assert recipe.optimizer.name == "muon"
 
 
 def test_a_reporter_that_is_not_installed(smoke_recipe, tmp_path):
