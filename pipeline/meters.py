@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def product_rate(device: torch.device, precision: str) -> float:
 
 def memory_path() -> Path:
     """Return the file that remembers measured rates; deleting it measures them again."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home
+        cache = tempfile.gettempdir()
     return Path(cache) / "gpt2-pretraining-pipeline" / "product_rates.json"
 
 
