@@ -122,6 +122,7 @@ class PretrainingTrainer(ResumableTrainer):
                 after_batch=functools.partial(self._watchdog.beat, "the final measuring"),
             )  # fmt: skip
         metrics |= {
+            "updates": self.state.global_step,
             "train_tokens": self._tokens_seen,
             "train_tokens_per_second": self._spent["tokens_per_second"],
             "train_seconds": self._spent["train_seconds"],
