@@ -105,6 +105,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     on_cpu = stated.get("use_cpu", False) or not (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
+    is_on_cuda = torch.cuda.is_available() and not on_cpu
     precision = machine.precision(recipe.precision, on_cpu=on_cpu)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
@@ -127,9 +128,11 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         "report_to": "none",
         "run_name": recipe.output_dir.resolve().name,
         "per_device_eval_batch_size": stated.get("per_device_train_batch_size", 8),
-        "dataloader_pin_memory": not on_cpu,
+        "dataloader_pin_memory": is_on_cuda,
         # A batch's copy from pinned memory then waits for nothing; the library's default does.
-        "accelerator_config": {"non_blocking": not on_cpu},
+        "accelerator_config": {
+            "non_blocking": is_on_cuda and stated.get("dataloader_pin_memory", True)
+        },
         "ddp_find_unused_parameters": False,  # the library's default walks the graph every step
     }
     if stated.get("load_best_model_at_end") or stated.get("save_strategy") == "best" or patience:
@@ -174,7 +177,9 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
 
 
 def _check_muon(stated: dict[str, Any]) -> None:
-    for name in {"optim", "optim_args"} & set(stated):
+    for name in ("optim", "optim_args"):
+        if stated.get(name) is None:
+            continue
         raise InputError(
             f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"

@@ -110,7 +110,7 @@ class TrainingProgressCallback(ProgressCallback):
         head = f"update {state.global_step}/{state.max_steps}"
         if "compile_seconds" in logs:
             with_it = ", compilation included" if args.torch_compile else ""
-            tqdm.write(f"{head}: the first took {logs['compile_seconds']:.1f} s{with_it}")
+            tqdm.write(f"{head}: the first update took {logs['compile_seconds']:.1f} s{with_it}")
         if "loss" in logs:
             text = (
                 f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "

@@ -1,4 +1,4 @@
-"""The loss of a language model's head, without ever holding all logits.
+"""The loss of a language model's head, with at most `CHUNK_BYTES` of fp32 logits at a time.
 
 GPT-2 small over 8 x 1,024 tokens has 1.65 GB of fp32 logits, and a stock step holds several copies.
 Here a few rows at a time are multiplied with the head's weight, and at once turned into their loss
@@ -59,12 +59,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         vocabulary, rows = len(weight), chunk_rows(len(weight), hidden.device.type)
         missing = -vocabulary % ALIGNED if hidden.device.type == "cuda" else 0
-        head = F.pad(weight.to(dtype), (0, 0, 0, missing))
+        head = weight.to(dtype)
+        if missing:
+            head = F.pad(head, (0, 0, 0, missing))
         is_label = labels != NO_LABEL
         targets = torch.where(is_label, labels, 0)[:, None]
         # Where nothing is predicted, neither this row's loss nor its part of the gradients counts.
         counts = is_label[:, None].to(dtype)
         inputs = hidden.to(dtype)
+        # The sum over a chunk comes before any loss scale, and fp16 ends at 65,504.
+        shrunk = 2.0**-8 if dtype == torch.float16 else 1.0
         losses, hidden_gradients, weight_gradient = [], [], None
         for start in range(0, len(hidden), rows):
             chunk, target = inputs[start : start + rows], targets[start : start + rows]
@@ -76,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(-log_odds.gather(1, target) * count.float())
             error = _minus_one_at(log_odds, target).to(dtype)
             hidden_gradients.append(error @ head * count)
-            product = (error.t() @ (chunk * count)).float()
+            product = (error.t() @ (chunk * (count * shrunk))).float() / shrunk
             weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient[:vocabulary])
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import (
@@ -70,6 +71,10 @@ class PretrainingTrainer(ResumableTrainer):
         self._has_warned = self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
         self._product_rate = meters.product_rate(arguments.device, recipe.precision)
+        self._flops_per_token = meters.flops_per_token(
+            parameters=parameter_count(model), layers=model.config.n_layer,
+            width=model.config.n_embd, block_size=recipe.data.block_size,
+        )  # fmt: skip
         try:
             super().__init__(
                 recipe,
@@ -87,6 +92,8 @@ class PretrainingTrainer(ResumableTrainer):
             )
         except (ValueError, ImportError, RuntimeError) as error:
             raise InputError(f"training: {first_line(error)}") from None
+        if arguments.torch_compile:
+            self._compile()
         assert self._loss_shifts_labels  # else the loss is divided by the wrong number of tokens
         for line in self._derived():
             logger.info("%s", line)
@@ -115,7 +122,7 @@ class PretrainingTrainer(ResumableTrainer):
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
-        peak_memory = meters.peak_memory_bytes(self.args.device)  # of the training
+        peak_memory = meters.peak_memory_bytes(self.args.device)  # before the final measuring
         with self._watchdog:
             metrics, sample = measured(
                 self.recipe, self.args, self._processes, blocks, self.processing_class,
@@ -227,7 +234,8 @@ class PretrainingTrainer(ResumableTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Leave the random state as it was, so that evaluating more often changes no weight."""
         started, grace = time.perf_counter(), self.recipe.faults.grace_seconds
-        with self._clock.paused(), torch.random.fork_rng(devices=self._rng_devices()):
+        plain = torch.compiler.set_stance("force_eager")
+        with plain, self._clock.paused(), torch.random.fork_rng(devices=self._rng_devices()):
             metrics = super().evaluate(*args, **kwargs)
         if (passed := time.perf_counter() - started) > grace and not self._has_warned:
             self._has_warned = True
@@ -249,25 +257,29 @@ class PretrainingTrainer(ResumableTrainer):
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Compile whole graphs of fixed shapes: a graph break is a bug here, and slow."""
+        """Leave compiling to us: accelerate compiles what DDP wraps, which is not one graph."""
         arguments = super()._build_accelerator_args(**kwargs)
         if self.args.torch_compile:
-            arguments["dynamo_plugin"].fullgraph = True
-            arguments["dynamo_plugin"].dynamic = False
+            arguments["dynamo_plugin"].backend = DynamoBackend.NO
         return arguments
+
+    def _compile(self) -> None:
+        """Compile the model in place, as one graph of fixed shapes: a break in it is a bug.
+
+        Its weights keep their names; evaluations and samples run it plain (`torch.compiler`'s
+        stance), so that their shapes compile nothing.
+        """
+        options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        self.model.compile(fullgraph=True, dynamic=False, **options)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: Trainer's count leaves out the head and attention (41 % of GPT-2 small)."""
         return 0
 
     def _mfu(self, tokens_per_second: float) -> float:
-        """Return the share of the device's matrix-product rate that this rate of one model is."""
-        config = self.model.config
-        flops = meters.flops_per_token(
-            parameters=parameter_count(self.model), layers=config.n_layer, width=config.n_embd,
-            block_size=self.recipe.data.block_size,
-        )  # fmt: skip
-        return tokens_per_second * flops / (self._product_rate * self.args.world_size)
+        """Return the share of the devices' matrix-product rate that such a rate of tokens is."""
+        devices_rate = self._product_rate * self.args.world_size
+        return tokens_per_second * self._flops_per_token / devices_rate
 
     def _derived(self) -> list[str]:
         """Say what followed from the recipe, the data and the machine."""

@@ -16,6 +16,7 @@ SPEED = (
     "_per_second",
     "_runtime",
     "mfu",
+    "compile_seconds",
     "data_wait_fraction",
     "logging_fraction",
     "peak_memory_bytes",

@@ -57,14 +57,22 @@ def remembered(tmp_path):
     return tmp_path / "cache" / "gpt2-pretraining-pipeline" / "product_rates.json"
 
 
-def test_a_rate_is_measured_once_and_then_remembered(measured, tmp_path):
+def another_process():
+    meters._best.cache_clear()
+
+
+def test_a_process_measures_once_and_the_best_is_remembered(measured, monkeypatch, tmp_path):
     assert [product_rate(CPU, "fp32") for _ in range(3)] == [1e9 + 1] * 3
     assert measured == [("cpu", torch.float32)]
     assert meters.memory_path() == remembered(tmp_path)
     assert list(json.loads(remembered(tmp_path).read_text()).values()) == [1e9 + 1]
     assert [p.name for p in remembered(tmp_path).parent.iterdir()] == ["product_rates.json"]
-    remembered(tmp_path).unlink()
+    another_process()
     assert product_rate(CPU, "fp32") == 1e9 + 2
+    another_process()
+    monkeypatch.setattr(meters, "_measured", lambda *_: 5.0)  # a busy machine
+    assert product_rate(CPU, "fp32") == 1e9 + 2
+    assert list(json.loads(remembered(tmp_path).read_text()).values()) == [1e9 + 2]
 
 
 def test_another_precision_or_number_of_threads_is_another_rate(measured, monkeypatch):
@@ -100,6 +108,7 @@ def test_a_remembered_rate_that_is_no_number_is_measured_again(measured, tmp_pat
     product_rate(CPU, "fp32")
     path = remembered(tmp_path)
     path.write_text(json.dumps({**dict.fromkeys(json.loads(path.read_text()), value), "a": 7.0}))
+    another_process()
     assert product_rate(CPU, "fp32") == 1e9 + 2
     assert sorted(json.loads(path.read_text()).values()) == [7.0, 1e9 + 2]
 
@@ -114,7 +123,9 @@ def test_where_nothing_can_be_written_it_is_measured_each_time(
     else:
         remembered(tmp_path).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    assert [product_rate(CPU, "fp32") for _ in range(2)] == [1e9 + 1, 1e9 + 2]
+    assert product_rate(CPU, "fp32") == 1e9 + 1
+    another_process()
+    assert product_rate(CPU, "fp32") == 1e9 + 2
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -126,7 +137,7 @@ def test_without_xdg_it_lies_in_the_home(monkeypatch, tmp_path):
 
 
 def test_the_rate_is_that_of_the_fastest_product_and_the_first_does_not_count(monkeypatch):
-    lengths = [0.125, 0.5, 9.0, 0.25, 0.5, 0.5, 0.25, 8.0]
+    lengths = [0.125, 0.5, 9.0, 0.25, 0.5, 0.5, 0.25, *[8.0] * 9]
     times = iter(itertools.chain(*((10.0, 10.0 + length) for length in lengths)))
     monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     monkeypatch.setitem(meters.SIDE, "cpu", 16)
