@@ -1,6 +1,7 @@
 """Several processes stop, fail and go on together, whichever of them is hit and when."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -467,3 +468,17 @@ def test_after_a_kill_the_launcher_goes_on_by_itself(smoke_recipe, straight, tmp
         assert launcher.wait(120) == 0, said.read_text()
     assert f"resuming from {folder}/checkpoint-5" in said.read_text()
     assert differences(outcome(folder), outcome(straight)) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_compiled_processes_learn_what_plain_ones_do(smoke_recipe, straight, tmp_path, optimizer):
+    """What DDP wraps cannot be compiled as one graph; the model below it can."""
+    compiled = ["--training.torch_compile", "true", "--training.torch_compile_backend", "aot_eager"]
+    losses = []
+    with forked() as starter:
+        for name, more in (("plain", []), ("compiled", compiled)):
+            folder = with_data_of(straight, tmp_path / name)
+            argv = [*arguments(smoke_recipe, folder), "--optimizer.name", optimizer, *more]
+            run(starter, 2, argv, folder)
+            losses.append(json.loads((folder / "metrics.json").read_text())["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
