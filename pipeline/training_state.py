@@ -130,7 +130,10 @@ class TrainingState:
         ]
         state = _loaded(folder / SCHEDULER)
         try:
-            scheduler.load_state_dict(state)
+            # Our curves hold nothing to put back, and another optimizer has as many as its groups.
+            curves = [None] * len(scheduler.lr_lambdas)
+            scheduler.load_state_dict({**state, "lr_lambdas": curves})
+            scheduler.last_epoch = state["last_epoch"]  # or it is none of ours
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
         try:
