@@ -5,9 +5,9 @@ compiled GPT-2 a dense mask instead, with which the fast causal kernel cannot ru
 without a mask function of its name gets none.
 
 `blockwise_causal` is plain matrix products over 128 queries at a time and the keys before them, so
-that what is above the diagonal is not computed. On a CPU that is 1.1 to 2.2 times as fast as the
-fused kernel in bf16 (uncompiled, forward and backward, blocks of 128 to 1,024, two Zen 4 cores), and
-keeps block_size / 2 probabilities a token.
+that what is above the diagonal is not computed. On two Zen 4 cores that is 1.1 to 2.2 times as fast
+as the fused kernel in bf16 (uncompiled, both passes, blocks of 128 to 1,024), and keeps
+block_size / 2 probabilities a token.
 
 Neither can keep documents apart (`model` refuses them where that is asked) or leave out padding,
 which our rows do not have: they belong to the model that trains; the saved one opens with sdpa.
