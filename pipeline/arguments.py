@@ -177,9 +177,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
 
 
 def _check_muon(stated: dict[str, Any]) -> None:
-    for name in ("optim", "optim_args"):
-        if stated.get(name) is None:
-            continue
+    if name := next((n for n in ("optim", "optim_args") if stated.get(n) is not None), None):
         raise InputError(
             f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"

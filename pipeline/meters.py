@@ -22,6 +22,29 @@ PRODUCTS = 15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Meter:
+    """What one run makes of its devices: `world_size` of them, each as fast as this one.
+
+    Attributes:
+        product_rate: FLOP/s of a large matrix product on this device.
+    """
+
+    def __init__(
+        self, flops_per_token: int, *, precision: str, device: torch.device, world_size: int
+    ) -> None:
+        """Measure the device."""
+        self._flops_per_token, self._device = flops_per_token, device
+        self.product_rate = product_rate(device, precision)
+        self._all_devices_rate = self.product_rate * world_size
+
+    def read(self, tokens_per_second: float) -> dict[str, float]:
+        """Return mfu, the share of the devices' rate that this one is, and peak_memory_bytes."""
+        return {
+            "mfu": tokens_per_second * self._flops_per_token / self._all_devices_rate,
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+        }
+
+
 def flops_per_token(*, parameters: int, layers: int, width: int, block_size: int) -> int:
     """Return the floating-point operations of a training step per token: 6N + 12 L C T.
 
@@ -83,7 +106,8 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(status.split("VmHWM:")[1].split()[0]) * 1024  # proc(5): in kB
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, else kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:

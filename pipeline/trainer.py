@@ -22,11 +22,12 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import artifact, meters
+from pipeline import artifact
 from pipeline.blocks import HeldOutBatches, Rows, collate
 from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
+from pipeline.meters import Meter, flops_per_token
 from pipeline.model import parameter_count
 from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
@@ -70,10 +71,13 @@ class PretrainingTrainer(ResumableTrainer):
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
         self._has_warned = self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
-        self._product_rate = meters.product_rate(arguments.device, recipe.precision)
-        self._flops_per_token = meters.flops_per_token(
+        flops = flops_per_token(  # before anything shards the weights
             parameters=parameter_count(model), layers=model.config.n_layer,
             width=model.config.n_embd, block_size=recipe.data.block_size,
+        )  # fmt: skip
+        self._meter = Meter(
+            flops, precision=recipe.precision, device=arguments.device,
+            world_size=arguments.world_size,
         )  # fmt: skip
         try:
             super().__init__(
@@ -122,7 +126,7 @@ class PretrainingTrainer(ResumableTrainer):
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
-        peak_memory = meters.peak_memory_bytes(self.args.device)  # before the final measuring
+        meters = self._meter.read(self._spent["tokens_per_second"])  # before the final measuring
         with self._watchdog:
             metrics, sample = measured(
                 self.recipe, self.args, self._processes, blocks, self.processing_class,
@@ -134,9 +138,8 @@ class PretrainingTrainer(ResumableTrainer):
             "train_tokens_per_second": self._spent["tokens_per_second"],
             "train_seconds": self._spent["train_seconds"],
             "compile_seconds": self._spent["compile_seconds"],
-            "mfu": self._mfu(self._spent["tokens_per_second"]),
-            "product_rate_flops": self._product_rate,
-            "peak_memory_bytes": peak_memory,
+            **meters,
+            "product_rate_flops": self._meter.product_rate,
             "data_wait_fraction": self._spent["data_wait_fraction"],
             "logging_fraction": self._spent["logging_fraction"],
             "train_bytes": round(self._tokens_seen * self._bytes_per_token)
@@ -176,8 +179,7 @@ class PretrainingTrainer(ResumableTrainer):
                 # By the training text's average: counting each window's bytes would cost a sync.
                 logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
                 logs |= self._clock.since_last(step)
-                logs["mfu"] = self._mfu(logs["tokens_per_second"])
-                logs["peak_memory_bytes"] = meters.peak_memory_bytes(self.args.device)
+                logs |= self._meter.read(logs["tokens_per_second"])
                 if not self._has_logged_compilation:
                     logs["compile_seconds"] = self._clock.compile_seconds
                     self._has_logged_compilation = True
@@ -275,11 +277,6 @@ class PretrainingTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: Trainer's count leaves out the head and attention (41 % of GPT-2 small)."""
         return 0
-
-    def _mfu(self, tokens_per_second: float) -> float:
-        """Return the share of the devices' matrix-product rate that such a rate of tokens is."""
-        devices_rate = self._product_rate * self.args.world_size
-        return tokens_per_second * self._flops_per_token / devices_rate
 
     def _derived(self) -> list[str]:
         """Say what followed from the recipe, the data and the machine."""

@@ -130,10 +130,8 @@ class TrainingState:
         ]
         state = _loaded(folder / SCHEDULER)
         try:
-            # Our curves hold nothing to put back, and another optimizer has as many as its groups.
-            curves = [None] * len(scheduler.lr_lambdas)
-            scheduler.load_state_dict({**state, "lr_lambdas": curves})
-            scheduler.last_epoch = state["last_epoch"]  # or it is none of ours
+            # The place is all that is wanted: rates are the recipe's, and as many as the groups.
+            scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
         try:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from pipeline.meters import peak_memory_bytes
+
 LEARNING_RATE, MAX_NORM, STEPS_PER_LOG = 1e-3, 1.0, 10
 LEVERS = ("loss path", "attention", "TanhGELU", "kept memory", "torch_compile", "determinism")
 ON_CPU_ONLY = ("kept memory", "determinism")
@@ -95,7 +97,7 @@ class Windows:
 
     def _wait(self) -> bool:
         if self._pipe.recv() == "end":
-            self.peak_memory = _peak_memory(self._job.device)
+            self.peak_memory = peak_memory_bytes(torch.device(self._job.device))
             return False
         self._step, self._gone = 0, time.perf_counter()
         self._start_timing()
@@ -314,18 +316,3 @@ def _attention_operators(job: Job, loss_of: Callable[..., torch.Tensor]) -> list
     except Exception as error:  # a profiler without access to the GPU's counters costs no result
         return [f"not found out: {type(error).__name__}"]
     return sorted({n[:90] for n in names if any(part in n.lower() for part in ATTENTION_OPERATORS)})
-
-
-def _peak_memory(device: str) -> int:
-    """Return bytes: on the GPU those of tensors, on the CPU those of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        # ru_maxrss of a process counts that of its parent, before it became another program.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024

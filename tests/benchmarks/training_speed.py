@@ -29,6 +29,8 @@ import training_inputs
 from training_arms import LEVERS, ON_CPU_ONLY, Job, work
 from training_tables import about_this_run, print_tables
 
+from pipeline.meters import flops_per_token
+
 GPT2 = {"vocabulary": 50257, "batch": 16, "block": 1024}
 SMALL = {"vocabulary": 4096}
 SHAPES = {
@@ -318,10 +320,11 @@ def _measure_products(options: argparse.Namespace, rates: dict[str, list[float]]
 
 
 def _flop_per_token(shape: dict[str, int]) -> int:
-    """Return 6 N + 12 layers x width x block; N without positions, the tied head once."""
-    layers, width = shape["layers"], shape["width"]
-    count = shape["vocabulary"] * width + layers * (12 * width**2 + 13 * width) + 2 * width
-    return 6 * count + 12 * layers * width * shape["block"]
+    """Return 6 N + 12 layers x width x block; of N the tied head counts once."""
+    layers, width, block = shape["layers"], shape["width"], shape["block"]
+    embeddings = (shape["vocabulary"] + block) * width
+    count = embeddings + layers * (12 * width**2 + 13 * width) + 2 * width
+    return flops_per_token(parameters=count, layers=layers, width=width, block_size=block)
 
 
 def _disagreement(
