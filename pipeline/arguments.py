@@ -106,6 +106,11 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
     is_on_cuda = torch.cuda.is_available() and not on_cpu
+    if recipe.model.attn_implementation == "blockwise_causal" and not on_cpu:
+        logger.warning(
+            "model.attn_implementation: blockwise_causal is the faster one on CPUs only; without "
+            "that line this device is given its own"
+        )
     precision = machine.precision(recipe.precision, on_cpu=on_cpu)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
@@ -216,6 +221,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "can't allocate memory" in str(error)  # the CPU allocator's RuntimeError
+
+
+def is_of_compiler(error: BaseException) -> bool:
+    """Tell whether torch.compile has found something that it cannot make one program of."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:

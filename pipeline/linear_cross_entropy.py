@@ -39,7 +39,9 @@ def linear_cross_entropy(
     kind = hidden.device.type
     is_mixed = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_mixed else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, labels, dtype)
+    # A frozen head or a model that is only asked for its loss makes fewer products.
+    wanted = [torch.is_grad_enabled() and of.requires_grad for of in (hidden, weight)]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, dtype, *wanted)
 
 
 def chunk_rows(vocabulary: int, device_type: str) -> int:
@@ -56,6 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype,
+        is_hidden_trained: bool,
+        is_weight_trained: bool,
     ) -> torch.Tensor:
         vocabulary, rows = len(weight), chunk_rows(len(weight), hidden.device.type)
         missing = -vocabulary % ALIGNED if hidden.device.type == "cuda" else 0
@@ -78,11 +82,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits[:, vocabulary:] = float("-inf")
             log_odds = F.log_softmax(logits, -1, dtype=torch.float32)
             losses.append(-log_odds.gather(1, target) * count.float())
+            if not is_hidden_trained and not is_weight_trained:
+                continue
             error = _minus_one_at(log_odds, target).to(dtype)
-            hidden_gradients.append(error @ head * count)
-            product = (error.t() @ (chunk * (count * shrunk))).float() / shrunk
-            weight_gradient = product if weight_gradient is None else weight_gradient.add_(product)
-        ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient[:vocabulary])
+            if is_hidden_trained:
+                hidden_gradients.append(error @ head * count)
+            if is_weight_trained:
+                part = (error.t() @ (chunk * (count * shrunk))).float() / shrunk
+                weight_gradient = part if weight_gradient is None else weight_gradient.add_(part)
+        ctx.save_for_backward(
+            torch.cat(hidden_gradients) if is_hidden_trained else None,
+            weight_gradient[:vocabulary] if is_weight_trained else None,
+        )
         ctx.dtypes = hidden.dtype, weight.dtype
         return torch.cat(losses).sum()
 
@@ -92,10 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
-            hidden_gradient.to(hidden_dtype) * gradient,
-            weight_gradient.to(weight_dtype) * gradient,
-            None,
-            None,
+            None if hidden_gradient is None else hidden_gradient.to(hidden_dtype) * gradient,
+            None if weight_gradient is None else weight_gradient.to(weight_dtype) * gradient,
+            *[None] * 4,
         )
 
 

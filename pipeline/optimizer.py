@@ -34,7 +34,7 @@ class Muon(torch.optim.AdamW):
     """AdamW in which groups with `parts` above 0 hold matrices, and are updated by Muon.
 
     A group's `parts` says how many matrices lie side by side in each of its parameters. All groups
-    have AdamW's settings; those of matrices also `momentum`, `steps` (of Newton and Schulz).
+    have AdamW's settings; those of matrices also `momentum` and `newton_schulz_steps`.
     """
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class _Settings(NamedTuple):
     lr: float
     weight_decay: float
     momentum: float
-    steps: int
+    newton_schulz_steps: int
 
 
 class _Matrix(NamedTuple):
@@ -167,7 +167,7 @@ def muon(model: GPT2LMHeadModel, section: OptimizerSection, arguments: TrainingA
     decay, rate = arguments.weight_decay, arguments.learning_rate
     of_matrices = {
         "lr": rate * section.matrix_rate, "weight_decay": decay,
-        "momentum": section.momentum, "steps": section.newton_schulz_steps,
+        "momentum": section.momentum, "newton_schulz_steps": section.newton_schulz_steps,
     }  # fmt: skip
     groups = [
         {"params": kinds["rest"], "weight_decay": decay, "parts": 0},

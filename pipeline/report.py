@@ -151,11 +151,14 @@ def summary(recipe: Recipe) -> str:
         f"speed          {metrics['train_tokens_per_second']:,.0f} tokens/s; "
         f"{metrics['train_tokens']:,} tokens in {metrics['train_seconds']:.0f} s, with the first "
         f"update ({metrics['compile_seconds']:.0f} s), evaluations and checkpoints",
-        f"machine        {metrics['mfu']:.0%} of its matrix-product rate (MFU), "
-        f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB at most; of the updates' time "
-        f"{metrics['data_wait_fraction']:.1%} waiting for data, "
-        f"{metrics['logging_fraction']:.1%} for logging",
     ]
+    if "mfu" in metrics:  # a run that ended before there were meters has none
+        lines.append(
+            f"machine        {metrics['mfu']:.0%} of its matrix-product rate (MFU), "
+            f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB at most; of the updates' time "
+            f"{metrics['data_wait_fraction']:.1%} waiting for data, "
+            f"{metrics['logging_fraction']:.1%} for logging"
+        )
     if metrics["sample"]:
         lines += ["", "It writes:", *(f"    {line}" for line in metrics["sample"].split("\n"))]
     lines += [

@@ -24,11 +24,11 @@ from transformers.trainer_callback import (
 )
 
 from pipeline import artifact, checkpoint, interruption, resumption
-from pipeline.arguments import is_out_of_memory, out_of_memory_sentence
+from pipeline.arguments import is_of_compiler, is_out_of_memory, out_of_memory_sentence
 from pipeline.clock import Clock
 from pipeline.guard import Guard, NonFinite, wrong_rows
 from pipeline.processes import Processes
-from pipeline.recipe import InputError, Recipe, RunFailed
+from pipeline.recipe import InputError, Recipe, RunFailed, first_line
 from pipeline.row_order import RowOrder
 from pipeline.training_state import TrainingState, tensor_bytes
 from pipeline.watchdog import Watchdog
@@ -141,9 +141,14 @@ class ResumableTrainer(Trainer):
                 self._end_progress()
                 raise
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise InputError(out_of_memory_sentence(self.recipe, self.args)) from None
+                if is_out_of_memory(error):
+                    raise InputError(out_of_memory_sentence(self.recipe, self.args)) from None
+                if is_of_compiler(error):
+                    raise InputError(
+                        f"training.torch_compile: {first_line(error)}; set it to false, or leave "
+                        "out what the compiler does not know (model.attn_implementation, for one)"
+                    ) from None
+                raise
             finally:
                 self._finish_writing_alone()
 

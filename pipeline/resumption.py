@@ -10,6 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from pipeline import artifact
 from pipeline.known_fields import training_fields
 from pipeline.recipe import InputError, Recipe
@@ -84,8 +86,9 @@ def check(found: Path, now: dict[str, Any], *, horizon: int, allow: Collection[s
     """
     manifest = artifact.read_manifest(found)
     was = manifest["made_from"]
+    recipe = _with_later_fields(was.get("recipe", {}), Recipe)
     differing = changes(
-        {**was.get("recipe", {}), **was, "recipe": None, "versions": manifest.get("versions")},
+        {**recipe, **was, "recipe": None, "versions": manifest.get("versions")},
         {**now["recipe"], **now, "recipe": None, "versions": artifact.versions()},
     )
     check_allowed(differing, allow, keys(now["recipe"]))
@@ -105,6 +108,23 @@ def check(found: Path, now: dict[str, Any], *, horizon: int, allow: Collection[s
         how = "allowed, and applied" if change.kind == "refused" else change.kind
         logger.info("  differs from the checkpoint: %s (%s)", change.text, how)
     return step
+
+
+def _with_later_fields(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """Return a checkpoint's recipe with the defaults of fields that did not exist when it was made.
+
+    A field comes with the default that changes nothing for those who do not state it.
+    """
+    filled = dict(values)
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if name not in values and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            filled[name] = default.model_dump(mode="json") if is_section else default
+        elif is_section and isinstance(values.get(name), dict):
+            filled[name] = _with_later_fields(values[name], inner)
+    return filled
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:

@@ -298,6 +298,15 @@ class OptimizerSection(Section):
     matrix_rate: float = Field(1.0, gt=0)
     """muon only: rate of the matrices as a multiple of training.learning_rate."""
 
+    @model_validator(mode="after")
+    def _no_muon_beside_adamw(self) -> "OptimizerSection":
+        if self.name == "muon":
+            return self
+        for name, field in type(self).model_fields.items():
+            if name != "name" and getattr(self, name) != field.default:
+                raise ValueError(f"optimizer.{name} has a meaning for optimizer.name muon only")
+        return self
+
 
 class ScheduleSection(Section):
     """The learning rate over the updates; its peak is training.learning_rate."""

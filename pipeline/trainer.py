@@ -75,11 +75,11 @@ class PretrainingTrainer(ResumableTrainer):
             parameters=parameter_count(model), layers=model.config.n_layer,
             width=model.config.n_embd, block_size=recipe.data.block_size,
         )  # fmt: skip
-        self._meter = Meter(
-            flops, precision=recipe.precision, device=arguments.device,
-            world_size=arguments.world_size,
-        )  # fmt: skip
         try:
+            self._meter = Meter(
+                flops, precision=recipe.precision, device=arguments.device,
+                world_size=arguments.world_size,
+            )  # fmt: skip
             super().__init__(
                 recipe,
                 arguments,

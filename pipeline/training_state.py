@@ -33,7 +33,15 @@ WEIGHTS, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.
 SCALER = "scaler.pt"
 
 # Of a group of parameters: what the recipe says, unlike what an optimizer counts there.
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "steps", "parts")
+SETTINGS = (
+    "initial_lr",
+    "weight_decay",
+    "betas",
+    "eps",
+    "momentum",
+    "newton_schulz_steps",
+    "parts",
+)
 
 logger = logging.getLogger(__name__)
 

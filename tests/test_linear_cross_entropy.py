@@ -321,6 +321,17 @@ def test_nothing_is_computed_twice(short_chunks):
     assert made.products == 3 * [(32, 1000), (32, 16), (1000, 16)]
 
 
+@pytest.mark.parametrize("trained", ["hidden", "weight", "neither"])
+def test_nothing_is_computed_that_nobody_asked_for(short_chunks, trained):
+    hidden, weight, labels = tensors(96, 1000)
+    hidden.requires_grad_(trained == "hidden")
+    weight.requires_grad_(trained == "weight")
+    with _Made() as made:
+        linear_cross_entropy(hidden, weight, labels)
+    more = {"hidden": [(32, 16)], "weight": [(1000, 16)], "neither": []}[trained]
+    assert made.products == 3 * [(32, 1000), *more]
+
+
 class _AsIfOnCuda(torch.Tensor):
     """A CPU tensor that says it is on a GPU: what is decided by device can be seen without one."""
 

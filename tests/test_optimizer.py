@@ -271,7 +271,7 @@ def test_every_parameter_is_in_one_group_and_in_the_right_one(tied):
         assert settings["weight_decay"] == (0.0 if expected == "vector" else DECAY)
         assert settings["betas"] == BETAS and settings["eps"] == EPSILON
         if is_matrix:
-            assert settings["momentum"] == 0.9 and settings["steps"] == 4
+            assert settings["momentum"] == 0.9 and settings["newton_schulz_steps"] == 4
     assert len(groups[2][1]) == 2 and len(groups[3][1]) == 6
 
 

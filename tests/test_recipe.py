@@ -82,6 +82,10 @@ def test_values_get_the_library_s_types(key, text, value):
         ({"optimizer.newton_schulz_steps": "0"}, ["newton_schulz_steps", "equal to 1", "'0'"]),
         ({"optimizer.newton_schulz_steps": "21"}, ["newton_schulz_steps", "equal to 20"]),
         ({"optimizer.newton_schulz_steps": "2.5"}, ["newton_schulz_steps", "integer"]),
+        (
+            {"optimizer.name": "adamw", "optimizer.momentum": "0.9"},
+            ["optimizer.momentum has a meaning for optimizer.name muon only"],
+        ),
         ({"optimizer.learning_rate": "1"}, ["--optimizer.learning_rate", "unknown key"]),
         ({"precision": "bf17"}, ["--precision", "'bf16'", "'bf17'"]),
         ({"data.dataset": "x/y"}, ["exactly one of data.files, data.dataset and data.sources"]),

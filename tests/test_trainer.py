@@ -701,6 +701,18 @@ def test_every_choice_that_was_made_is_in_the_recipe(smoke_recipe, tmp_path, mon
     assert resolved.model.attn_implementation == "blockwise_causal"
 
 
+def test_the_attention_of_cpus_is_warned_of_elsewhere(smoke_recipe, tmp_path, monkeypatch, caplog):
+    values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
+    values["model.attn_implementation"] = "blockwise_causal"
+    training_arguments(read_recipe(smoke_recipe, values))
+    assert "is the faster one on CPUs only" not in caplog.text
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("pipeline.arguments.TrainingArguments", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training_arguments(read_recipe(smoke_recipe, {**values, "training.use_cpu": False}))
+    assert "blockwise_causal is the faster one on CPUs only" in caplog.text
+
+
 def test_bf16_is_refused_where_the_device_lacks_it(smoke_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -739,6 +751,19 @@ def test_out_of_memory_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compute_loss", fail)
     with pytest.raises(InputError, match="with 8 rows of 32 tokens.*train_batch_size 4"):
         trainer.train_from("never")
+
+
+def test_what_cannot_be_compiled_as_one_graph_is_one_sentence(smoke_recipe, tmp_path):
+    trainer = make_trainer(smoke_recipe, tmp_path, training__torch_compile=True)
+
+    def with_a_break(module, arguments, result):
+        torch._dynamo.graph_break()
+        return result
+
+    trainer.model.transformer.ln_f.register_forward_hook(with_a_break)
+    with pytest.raises(InputError, match=r"training\.torch_compile: .+; set it to false") as caught:
+        trainer.train_from("never")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_warm_up_beyond_the_horizon(smoke_recipe, tmp_path):
