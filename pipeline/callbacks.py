@@ -95,7 +95,15 @@ class TrainingProgressCallback(ProgressCallback):
                 disable=args.disable_tqdm or None,
             )
             self.current_step = state.global_step
+            self._started, self._has_begun = (time.perf_counter(), state.global_step), False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Move the bar; the time left counts from the second update on, the first compiles."""
+        super().on_step_end(args, state, control, **kwargs)
+        if state.is_world_process_zero and not self._has_begun:
+            self._has_begun = True
             self._started = time.perf_counter(), state.global_step
+            self.training_bar.start_t, self.training_bar.initial = time.time(), state.global_step
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
         """Show how far an evaluation is."""
@@ -120,9 +128,11 @@ class TrainingProgressCallback(ProgressCallback):
             self.training_bar.set_postfix_str(text)
             if self.training_bar.disable:
                 started, first = self._started
-                passed = (time.perf_counter() - started) / (state.global_step - first)
-                left = tqdm.format_interval(passed * (state.max_steps - state.global_step))
-                tqdm.write(f"{head}: {text}, {left} left")
+                if state.global_step > first:
+                    passed = (time.perf_counter() - started) / (state.global_step - first)
+                    left = tqdm.format_interval(passed * (state.max_steps - state.global_step))
+                    text += f", {left} left"
+                tqdm.write(f"{head}: {text}")
         for name in (n.removesuffix("_loss") for n in logs if n.endswith("_loss")):
             if name.startswith("eval"):
                 label = "held-out text" if name == "eval" else name.removeprefix("eval_")

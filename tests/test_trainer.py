@@ -26,6 +26,7 @@ from transformers import GPT2LMHeadModel
 from pipeline import checkpoint, run_folder
 from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
 from pipeline.blocks import NO_LABEL, Rows
+from pipeline.callbacks import TrainingProgressCallback
 from pipeline.command_line import PretrainOptions
 from pipeline.model import build_model
 from pipeline.recipe import InputError, read_recipe
@@ -817,6 +818,25 @@ def test_a_run_killed_with_kill_9_goes_on_bit_for_bit(smoke_recipe, tmp_path, st
     one, other = (load_file(f / "model.safetensors") for f in (straight, killed))
     assert equal(one, other)
     assert run_folder.read_status(killed)["state"] == "finished"
+
+
+def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+    monkeypatch.setattr("pipeline.callbacks.time", clock)
+    names = ("loss", "tokens_per_second", "mfu", "peak_memory_bytes", "data_wait_fraction")
+    logs = dict.fromkeys([*names, "logging_fraction"], 1.0)
+    bar, given = TrainingProgressCallback(), types.SimpleNamespace(disable_tqdm=True)
+    state = types.SimpleNamespace(global_step=4, max_steps=14, is_world_process_zero=True)
+    bar.on_train_begin(given, state, None)
+    for step, seconds in ((5, 60.0), (6, 2.0), (7, 4.0)):
+        now[0] += seconds
+        state.global_step = step
+        bar.on_step_end(given, state, None)
+        bar.on_log(given, state, None, logs)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["left" in line for line in lines] == [False, True, True]
+    assert lines[1].endswith(", 00:16 left") and lines[2].endswith(", 00:21 left")
 
 
 def test_options_have_the_documented_defaults():
