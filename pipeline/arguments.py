@@ -14,7 +14,7 @@ from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
 from pipeline.recipe import InputError, Recipe
-from pipeline.sources import read_text
+from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
 

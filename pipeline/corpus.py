@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from pipeline import artifact, sources
+from pipeline import artifact, raw_documents, sources, text_files
+from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError
 from pipeline.sections import CleaningSection, DataSection, SourceSection
-from pipeline.sources import Shard
 
 SPLITS = ("train", "validation", "test")
 # Below this many documents, about 5 % of them would be too few to speak for the rest.
@@ -81,10 +81,10 @@ class Reader:
         """Yield the documents of a shard, empty ones too; with `tail`, each in three pieces.
 
         Raises:
-            InputError: see `sources.read_shard` and `sources.safe_windows`.
+            InputError: see `raw_documents.read_shard` and `text_files.safe_windows`.
         """
         given = None if shard.source >= 0 else SPLITS[-shard.source]
-        for raw in sources.read_shard(shard, self.source(shard)):
+        for raw in raw_documents.read_shard(shard, self.source(shard)):
             read = functools.partial(self._windows, raw)
             if given is not None or self.hold_out == "documents":
                 yield Document(raw.name, read, given, self.section)
@@ -111,9 +111,9 @@ class Reader:
         split = SPLITS[-shard.source]
         return held_out_source(self.section, split)
 
-    def _windows(self, raw: sources.Document) -> Iterator[str]:
+    def _windows(self, raw: raw_documents.Document) -> Iterator[str]:
         form = self.cleaning.normalization
-        for window in sources.safe_windows(raw.read(), raw.name):
+        for window in text_files.safe_windows(raw.read(), raw.name):
             yield window if form is None else unicodedata.normalize(form, window)
 
 
@@ -241,10 +241,10 @@ class Corpus:
         )
         return settings | ({"split": SPLITS[-number]} if number < 0 else {})
 
-    def _raw_documents(self) -> Iterator[sources.Document]:
+    def _raw_documents(self) -> Iterator[raw_documents.Document]:
         for shard in self.shards:
             if shard.source >= 0:
-                yield from sources.read_shard(shard, self.reader.source(shard))
+                yield from raw_documents.read_shard(shard, self.reader.source(shard))
 
     @functools.cache  # noqa: B019 - a corpus lives as long as the process
     def _source_fingerprint(self, number: int) -> str:
@@ -252,7 +252,7 @@ class Corpus:
         if source.dataset is not None and self._section.streaming:
             return sources.streamed_identity(source)
         if source.dataset is not None:
-            return sources.load_hub(source)._fingerprint
+            return raw_documents.load_hub(source)._fingerprint
         files = [(self._digests[str(path)], path) for _, path in self._files[number]]
         # The same bytes are other documents in a file of another kind.
         return _combined([f"{digest}:{sources.kind_of(p, source)}" for digest, p in files])

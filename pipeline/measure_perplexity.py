@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: these imports take seconds, and --help should not.
     from pipeline.model import load_model
     from pipeline.perplexity import check_target, load_metric
-    from pipeline.sources import read_files
+    from pipeline.text_files import read_files
     from pipeline.tokenizer import load_tokenizer
 
     check_target(options.json_)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipeline import artifact, cleaning, packing, sources
+from pipeline import artifact, cleaning, packing, raw_documents, sources, text_files
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder, choose_encoder
@@ -447,9 +447,9 @@ def _forbidden(
     if source is not None:
         files = sources.find_files(source)
         for shard in sources.shards_of(0, source, files, total_bytes=0):
-            for document in sources.read_shard(shard, source):
+            for document in raw_documents.read_shard(shard, source):
                 parts = [np.empty(0, np.uint32)]
-                for window in sources.safe_windows(document.read(), document.name):
+                for window in text_files.safe_windows(document.read(), document.name):
                     if texts.cleaning.normalization is not None:
                         window = unicodedata.normalize(texts.cleaning.normalization, window)
                     parts += encoder.encode([window])

@@ -28,10 +28,10 @@ import psutil
 from pipeline import artifact, interruption, packing
 from pipeline.cleaning import on_two_sides
 from pipeline.corpus import Document
+from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError, first_line
 from pipeline.row_file import RowFile, RowWriter
 from pipeline.row_order import permuted
-from pipeline.sources import Shard
 from pipeline.token_shards import Work, end_with
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from pipeline import artifact, interruption
 from pipeline.corpus import SPLITS, Corpus, Document, Reader, split_of_digest
 from pipeline.encoder import Encoder, OpenEncoder
+from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError
-from pipeline.sources import Shard
 
 CHARACTERS_PER_CALL = 1 << 20  # keeps every thread busy, and memory small
 TEXTS_PER_CALL = 1 << 13  # the same for texts of a few letters

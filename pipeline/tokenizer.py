@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from pipeline import artifact
 from pipeline.corpus import Corpus
+from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError, check_local, not_loaded
 from pipeline.sections import TokenizerSection
-from pipeline.sources import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

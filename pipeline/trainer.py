@@ -35,7 +35,7 @@ from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, score
 from pipeline.resumable import SAMPLES, ResumableTrainer
-from pipeline.sources import read_text
+from pipeline.text_files import read_text
 from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from pipeline import corpus as corpus_module
-from pipeline import sources
+from pipeline import text_files
 from pipeline.corpus import Corpus, split_of
 from pipeline.recipe import CleaningSection, DataSection
 
@@ -280,7 +280,7 @@ def test_a_long_text_has_the_same_split_and_the_same_tail_in_windows(tmp_path, m
     shares = {"validation_fraction": 0.3, "test_fraction": 0.2}
     wanted = [section([tmp_path / "t"], hold_out=h, **shares) for h in ("documents", "tail")]
     whole = [[(d.split, d.text) for d in Corpus(one).documents()] for one in wanted]
-    monkeypatch.setattr(sources, "WINDOW", 300)
+    monkeypatch.setattr(text_files, "WINDOW", 300)
     pieces = [[(d.split, d.text) for d in Corpus(one).documents()] for one in wanted]
     assert pieces == whole
     assert max(len(list(d.read())) for d in Corpus(wanted[0]).documents()) > 3

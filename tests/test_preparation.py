@@ -16,7 +16,7 @@ from conftest import ROOT, WORDS, make_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import artifact, preparation, sources, token_shards
+from pipeline import artifact, preparation, sources, text_files, token_shards
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
 from pipeline.preparation import describe, prepare_blocks, show
@@ -353,7 +353,7 @@ def test_how_documents_are_batched_changes_nothing(text_folder, tokenizer, tmp_p
     prepare(section(text_folder), tokenizer, tmp_path / "one")
     monkeypatch.setattr(token_shards, "CHARACTERS_PER_CALL", 1)
     monkeypatch.setattr(preparation.cleaning, "TOKENS_AT_ONCE", 1)
-    monkeypatch.setattr(sources, "WINDOW", 100)
+    monkeypatch.setattr(text_files, "WINDOW", 100)
     prepare(section(text_folder), tokenizer, tmp_path / "two")
     assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
 
@@ -759,7 +759,7 @@ def test_documents_are_normalised_before_they_are_compared(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("window", [100, 1 << 20])
 def test_what_is_too_short_too_long_or_empty_is_counted(tmp_path, tokenizer, monkeypatch, window):
-    monkeypatch.setattr(sources, "WINDOW", window)
+    monkeypatch.setattr(text_files, "WINDOW", window)
     texts = [text[:160] for text in make_texts(60, seed=4)]
     lengths = {"short": [1, 19, 5, 19], "long": [301, 700], "kept": [20, 21, 299, 300]}
     words = ("word " * 200)[: lengths["long"][1]]

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline import sources
+from pipeline import raw_documents, sources, text_files
 from pipeline.corpus import Corpus
 from pipeline.recipe import DataSection, InputError, SourceSection
-from pipeline.sources import read_files, read_text, safe_windows
+from pipeline.text_files import read_files, read_text, safe_windows
 from pipeline.tokenizer import text_encoder, train_tokenizer
 
 KINDS = ["txt", "separated", "jsonl", "csv", "parquet"]
@@ -41,7 +41,7 @@ def shards_of(source):
 def read(source):
     """Return names and texts, shard after shard."""
     shards = shards_of(source)
-    return [(d.name, d.text) for shard in shards for d in sources.read_shard(shard, source)]
+    return [(d.name, d.text) for shard in shards for d in raw_documents.read_shard(shard, source)]
 
 
 def texts_of(source):
@@ -139,7 +139,7 @@ def test_a_data_set_is_read_in_ranges_of_rows(tmp_path, monkeypatch):
     source = SourceSection(dataset=str(tmp_path))
     shards = sources.shards_of(0, source, [], total_bytes=4)
     assert [(shard.start, shard.stop) for shard in shards] == [(n, n + 1) for n in range(10)]
-    found = [d.text for shard in shards for d in sources.read_shard(shard, source)]
+    found = [d.text for shard in shards for d in raw_documents.read_shard(shard, source)]
     assert found == [str(number) for number in range(10)]
 
 
@@ -175,7 +175,7 @@ def test_rows_that_are_pieces_of_one_text_are_joined_as_they_are(tmp_path, monke
         write_table(tmp_path / "train.parquet", rows)
         source = SourceSection(dataset=str(tmp_path), join_rows=True)
         shards = sources.shards_of(0, source, [], total_bytes=0)
-        found = [d.text for shard in shards for d in sources.read_shard(shard, source)]
+        found = [d.text for shard in shards for d in raw_documents.read_shard(shard, source)]
     else:
         source = source_of(write_table(tmp_path / f"t.{kind}", rows), join_rows=True)
         found = texts_of(source)
@@ -231,7 +231,7 @@ def random_documents(seed, forbidden):
 def test_separated_text_in_ranges_is_the_same_as_in_one(tmp_path, monkeypatch, separator, final):
     between = separator.replace("\\n", "\n")
     overlaps = between in ("\n\n", "aba")
-    monkeypatch.setattr(sources, "WINDOW", 37)
+    monkeypatch.setattr(text_files, "WINDOW", 37)
     for seed in range(6):
         texts = random_documents(seed, [between] if not overlaps else ["\n", "b"])
         content = between.join(texts) + between * final
@@ -253,7 +253,7 @@ def test_separated_text_in_ranges_is_the_same_as_in_one(tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_jsonl_in_ranges_is_the_same_as_in_one(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(sources, "WINDOW", 37)
+    monkeypatch.setattr(text_files, "WINDOW", 37)
     for seed in range(12):
         texts = random_documents(seed, [])
         lines = [json.dumps({"text": t}, ensure_ascii=seed % 2 == 0) for t in texts]
@@ -318,7 +318,7 @@ def other_tokenizer():
 
 
 def windows_of(text, size, monkeypatch):
-    monkeypatch.setattr(sources, "WINDOW", size)
+    monkeypatch.setattr(text_files, "WINDOW", size)
     found = list(safe_windows(iter([text[:7], text[7:]]), "name"))
     assert "".join(found) == text and all(0 < len(window) <= size for window in found)
     return found
@@ -388,11 +388,11 @@ def test_nothing_but_white_space_is_not_called_text_without_it(blank, tokenizer,
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
 def test_a_file_read_in_windows_is_the_same_text(tmp_path, monkeypatch, size, suffix):
-    monkeypatch.setattr(sources, "WINDOW", size)
+    monkeypatch.setattr(text_files, "WINDOW", size)
     text = "a\r\né\ufeff東😀" * 20  # characters of one to four bytes over the edges of windows
     path = write(tmp_path / f"t.txt{suffix}", b"\xef\xbb\xbf" + text.encode())
     source = source_of(path)
-    document = next(sources.read_shard(shards_of(source)[0], source))
+    document = next(raw_documents.read_shard(shards_of(source)[0], source))
     assert document.text == text == document.text  # it can be read again
     assert len(list(document.read())) > 1
 
@@ -400,7 +400,7 @@ def test_a_file_read_in_windows_is_the_same_text(tmp_path, monkeypatch, size, su
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 1000])
 def test_an_invalid_byte_is_named_with_its_place_in_the_file(tmp_path, monkeypatch, size, suffix):
-    monkeypatch.setattr(sources, "WINDOW", size)
+    monkeypatch.setattr(text_files, "WINDOW", size)
     before = "\ufeffé東😀 ".encode() * 3
     for wrong, after in [(b"\xff", b"abc"), (b"\xe6\x9d", b"abc"), (b"\xf0\x9f\x98", b"")]:
         path = write(tmp_path / f"t.txt{suffix}", before + wrong + after)
@@ -582,8 +582,8 @@ def test_a_parquet_column_of_other_bytes_is_named_or_replaced(tmp_path):
 
 @pytest.mark.parametrize("kind", ["separated", "jsonl", "csv"])
 def test_a_row_that_would_not_fit_in_memory_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sources, "WINDOW", 16)
-    monkeypatch.setattr(sources, "LONGEST_ROW", 200)
+    monkeypatch.setattr(text_files, "WINDOW", 16)
+    monkeypatch.setattr(raw_documents, "LONGEST_ROW", 200)
     path = tmp_path / f"t.{'txt' if kind == 'separated' else kind}"
     separator = "<|endoftext|>" if kind == "separated" else None
     rows = ["a" * 150, "b" * 150, "c" * 150]

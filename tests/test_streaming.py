@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from pipeline import preparation, sources, streaming
+from pipeline import preparation, raw_documents, sources, streaming, text_files
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
 from pipeline.preparation import describe, prepare_blocks, show, stream_of
@@ -121,7 +121,7 @@ def rows_in_a_pass(stream, tokenizer, number=0):
 def test_the_rows_are_the_training_text_end_to_end_pass_after_pass(
     make, varied, tokenizer, monkeypatch, window, characters, seed
 ):
-    monkeypatch.setattr(sources, "WINDOW", window)
+    monkeypatch.setattr(text_files, "WINDOW", window)
     monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", characters)
     stream = make(varied, seed=seed)
     assert len(stream.shards[0]) > 3
@@ -159,7 +159,7 @@ def test_from_the_bookmark_of_any_row_the_next_rows_are_the_same(
     make, varied, tokenizer, monkeypatch, window, characters, size
 ):
     """With rows of one token, any token may be the first."""
-    monkeypatch.setattr(sources, "WINDOW", window)
+    monkeypatch.setattr(text_files, "WINDOW", window)
     monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", characters)
     stream = make(varied)._replace(block_size=size)
     count = int(2.3 * rows_in_a_pass(stream, tokenizer))
@@ -182,7 +182,7 @@ def test_a_document_longer_than_many_windows_has_a_bookmark_in_it(
     tmp_path, make, texts, tokenizer, monkeypatch
 ):
     folder = write_texts(tmp_path / "t", ["".join(texts)])
-    monkeypatch.setattr(sources, "WINDOW", 50)
+    monkeypatch.setattr(text_files, "WINDOW", 50)
     monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", 100)
     stream = make(folder, validation_fraction=1e-9, test_fraction=0)
     count = rows_in_a_pass(stream, tokenizer) + 5
@@ -625,7 +625,7 @@ def test_a_data_set_is_the_same_streamed_and_whole(
 ):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    sources.load_hub.cache_clear()
+    raw_documents.load_hub.cache_clear()
     folder = write_data_set(tmp_path / "set", texts, kind)
     stream = make(None, dataset=str(folder))
     assert [shard.kind for shard in stream.shards[0]] == ["hub_stream"] * 3

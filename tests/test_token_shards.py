@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from pipeline import sources, token_shards
+from pipeline import sources, text_files, token_shards
 from pipeline.corpus import SPLITS, Corpus, split_of
 from pipeline.encoder import Encoder
 from pipeline.recipe import CleaningSection, DataSection, InputError
@@ -106,7 +106,7 @@ def test_documents_in_windows_and_batches_are_the_same(
 ):
     texts = ["x", "".join(texts[:6]), "y", "".join(texts[6:9]), texts[9]]
     corpus = corpus_of(folder_of(tmp_path / "t", texts))
-    monkeypatch.setattr(sources, "WINDOW", 300)
+    monkeypatch.setattr(text_files, "WINDOW", 300)
     monkeypatch.setattr(token_shards, "CHARACTERS_PER_CALL", characters)
     check(make(corpus, tokenizer, tmp_path / "s"), texts, tokenizer, corpus.reader.section)
 
@@ -125,7 +125,7 @@ def test_given_files_and_tails_carry_their_split(tmp_path, texts, tokenizer):
 
 
 def test_what_is_left_out_is_counted(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "WINDOW", 50)
+    monkeypatch.setattr(text_files, "WINDOW", 50)
     rows = tmp_path / "t.jsonl"
     long = "a long text " * 100
     written = ['""', "null", '"four"', '"fives"', '"a text of 20 letters"', f'"{long}"', '"éé東😀"']

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import sources
+from pipeline import sources, text_files
 from pipeline import tokenizer as tokenizer_module
 from pipeline.corpus import Corpus
 from pipeline.recipe import DataSection, InputError, TokenizerSection
@@ -330,7 +330,7 @@ def test_a_sample_is_taken_evenly_from_all_over_the_training_text(corpus, texts,
 
 
 def test_a_sample_has_only_the_beginning_of_a_long_document(corpus, texts, monkeypatch):
-    monkeypatch.setattr(sources, "WINDOW", 64)
+    monkeypatch.setattr(text_files, "WINDOW", 64)
     section = TokenizerSection(vocab_size=300, sample_document_characters=100)
     found = "".join(training_sample(corpus, section))
     assert found == "".join(text[: len(text) // 2][:100] for text in texts)
