@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: these imports take seconds, and --help or a misspelt key should not.
     from pipeline.artifact import held
     from pipeline.corpus import Corpus
-    from pipeline.preparation import prepare_blocks, show
+    from pipeline.preparation import prepare_blocks
+    from pipeline.row_tables import show
     from pipeline.tokenizer import await_tokenizer, obtain_tokenizer
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -19,9 +19,9 @@ from conftest import ROOT, make_texts
 
 from pipeline import artifact, generate, measure_perplexity, prepare_data, pretrain, train_tokenizer
 from pipeline.corpus import SPLITS
-from pipeline.preparation import describe
 from pipeline.recipe import InputError, read_recipe
 from pipeline.row_file import RowFile
+from pipeline.row_tables import describe
 
 
 def test_from_text_to_text(smoke_recipe, tmp_path, capsys):

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from pipeline import artifact, preparation, sources, text_files, token_shards
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
-from pipeline.preparation import describe, prepare_blocks, show
+from pipeline.preparation import prepare_blocks
 from pipeline.recipe import CleaningSection, DataSection, InputError
 from pipeline.row_file import RowFile
+from pipeline.row_tables import describe, show
 from pipeline.tokenizer import train_tokenizer
 
 BLOCK = 16

@@ -23,10 +23,11 @@ from conftest import ROOT
 from pipeline import preparation, raw_documents, sources, streaming, text_files
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
-from pipeline.preparation import describe, prepare_blocks, show, stream_of
+from pipeline.preparation import prepare_blocks, stream_of
 from pipeline.recipe import CleaningSection, DataSection, InputError
 from pipeline.row_file import RowFile
 from pipeline.row_order import permuted
+from pipeline.row_tables import describe, show
 from pipeline.streaming import Ring, _Source, producing
 
 BLOCK, SEGMENT = 16, 32
