@@ -115,6 +115,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
+    if stated.get("torch_compile") and on_cpu:
+        machine.warm_compiler()
     patience = recipe.evaluation.early_stopping_patience
     for file in recipe.evaluation.texts.values():
         if not read_text(Path(file), errors=recipe.data.errors):

@@ -456,8 +456,10 @@ class ResumableTrainer(Trainer):
         wrong = self._processes.told(lambda: artifact.damage(self._best))
         if wrong:
             logger.error("the best checkpoint is lost: %s; the result is the last update's", wrong)
-        else:
+        elif self._is_sharded:
             super()._load_best_model()
+        else:  # Trainer's own warns of the tied head
+            self._training_state.put_back_weights(self._best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights from safetensors and nothing else; Trainer takes pickles as well."""
