@@ -81,12 +81,8 @@ def warm_compiler() -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one for a machine
         return
     code = "import torch; torch.compile(torch.sin)(torch.ones(64))"
-    quiet = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-    }
-    process = subprocess.Popen([sys.executable, "-c", code], **quiet)
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], **quiet)
     atexit.register(process.kill)
 
 

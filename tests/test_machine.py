@@ -1,11 +1,13 @@
 """What the machine has: precision by device, threads, determinism, memory, a compiler."""
 
+import atexit
 import ctypes
 import os
 import platform
 import subprocess
 import sys
 import sysconfig
+import types
 
 import psutil
 import pytest
@@ -220,6 +222,36 @@ def test_compiling_takes_a_compiler_and_pythons_header(
     if header:
         (tmp_path / "Python.h").touch()
     assert machine.has_compiler() is found
+
+
+@pytest.mark.parametrize(("rank", "started"), [(None, 1), ("0", 1), ("1", 0)])
+def test_one_process_of_a_machine_warms_the_compiler(monkeypatch, rank, started):
+    calls, at_exit = [], []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    process = types.SimpleNamespace(kill=lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: calls.append((a, k)) or process)
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    machine.warm_compiler.cache_clear()
+    machine.warm_compiler()
+    machine.warm_compiler()  # once
+    machine.warm_compiler.cache_clear()
+    assert len(calls) == started and at_exit == [process.kill] * started
+    for (command,), streams in calls:
+        assert command[0] == sys.executable and set(streams.values()) == {subprocess.DEVNULL}
+
+
+@pytest.mark.slow
+def test_a_warm_compiler_has_its_headers_precompiled(monkeypatch, tmp_path):
+    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    machine.warm_compiler.__wrapped__()
+    process = at_exit[0].__self__
+    assert process.wait(timeout=300) == 0
+    assert list(tmp_path.rglob("*.gch")) + list(tmp_path.rglob("*.pch"))
 
 
 def test_a_device_has_a_name(monkeypatch):
