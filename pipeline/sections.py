@@ -304,7 +304,9 @@ class OptimizerSection(Section):
             return self
         for name, field in type(self).model_fields.items():
             if name != "name" and getattr(self, name) != field.default:
-                raise ValueError(f"optimizer.{name} has a meaning for optimizer.name muon only")
+                raise ValueError(
+                    f"optimizer.{name} has a meaning for optimizer.name muon only; leave it out"
+                )
         return self
 
 
