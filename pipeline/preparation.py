@@ -24,9 +24,10 @@ from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder, choose_encoder
 from pipeline.recipe import InputError
 from pipeline.row_file import RowWriter
-from pipeline.row_tables import check_enough, check_held_out, check_mixture, describe
+from pipeline.row_tables import check_enough, check_mixture, describe
 from pipeline.sections import CleaningSection, DataSection
-from pipeline.selection import Texts, benchmarks, chunks_of, dtype_of, select
+from pipeline.selection import Texts, benchmarks, chunks_of, dtype_of, select, write_names
+from pipeline.stream_beginning import GIVEN, prepare_held_out
 from pipeline.streaming import TOKENS_PER_SEGMENT, Stream
 from pipeline.token_shards import TokenShard, Work, make_token_shards
 from pipeline.tokenizer import FolderTokenizer, token_bytes, tokenizer_fingerprint
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 # The fast encoder is compared with `tokenizers` on that much of the corpus: a fifth of a second.
 SAMPLED_SHARDS, SAMPLED_CHARACTERS = 32, 16_000
-GIVEN = "given_documents.txt"
-SAMPLED_BYTES = 1 << 20  # of a stream's training text, for the bytes that a token stands for
 
 
 def prepare_blocks(
@@ -80,7 +79,7 @@ def prepare_blocks(
             # Another process may have finished while this one came to the lock.
             if not artifact.reusable(folder, made_from):
                 if section.streaming:
-                    _prepare_held_out(texts, folder, made_from)
+                    prepare_held_out(texts, _encoder(texts), folder, made_from)
                 else:
                     _prepare(texts, folder, made_from, shards, num_proc, world_size)
             shutil.rmtree(shards)
@@ -239,83 +238,6 @@ def _warn_of_separators(texts: Texts, shards: list[TokenShard]) -> None:
             )  # fmt: skip
 
 
-def _prepare_held_out(texts: Texts, folder: Path, made_from: dict[str, Any]) -> None:
-    """Write the held-out rows of a stream, from the documents at its beginning."""
-    section, end = texts.section, texts.tokenizer.eos_token_id
-    encoder = _encoder(texts)
-    is_open = encoder.open()
-    sources_read = texts.corpus.source_names()
-    given: dict[bytes, str] = {}
-    names: dict[str, list[str]] = {split: [] for split in SPLITS}
-    found: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    sizes = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
-    read, sampled = [0] * len(sources_read), [0] * len(sources_read)
-    limit = section.held_out_from_bytes // len(section.all_sources)
-    with (
-        artifact.staged(folder, made_from) as (staging, facts),
-        tqdm(
-            desc="held-out text", total=sum(limit for s in section.all_sources), unit="B",
-            unit_scale=True, delay=2, disable=None,
-        ) as bar,
-    ):  # fmt: skip
-        # Text given for a held-out split comes first: no other may repeat it.
-        for shard in sorted(texts.corpus.shards, key=lambda shard: shard.source >= 0):
-            group, is_given = texts.corpus.group_of(shard), shard.source < 0
-            if not is_given and read[group] >= limit and sampled[group]:
-                continue
-            for document in texts.corpus.reader.documents(shard):
-                text, digest = document.text, document.digest[:16]
-                size = len(text.encode())
-                read[group] += size
-                bar.update(size)
-                if not document.is_within(texts.cleaning):
-                    continue
-                split = document.split
-                if is_given and given.setdefault(digest, split) != split:
-                    raise InputError(
-                        f"{document.name}: the same document is in validation and in test; take "
-                        "it out of one"
-                    )
-                if not is_given and digest in given:
-                    if texts.cleaning.decontaminate is None:
-                        raise cleaning.on_two_sides(document.name)
-                    continue
-                # Training text is only sampled, for the bytes that a token stands for.
-                if text and (split != "train" or sampled[group] < SAMPLED_BYTES):
-                    if split == "train":
-                        sampled[group] += size
-                    else:
-                        names[split].append(document.name)
-                    found[split].append(np.append(is_open.encode([text])[0], np.uint32(end)))
-                    sizes[split]["documents"] += 1
-                    sizes[split]["bytes"] += size
-                # What a token stands for has to be known, however long the first documents are.
-                if not is_given and read[group] >= limit and sampled[group]:
-                    break
-        (staging / GIVEN).write_text("\n".join(digest.hex() for digest in given))
-        facts |= {"encoder": encoder.name, "sources": [{"name": name} for name in sources_read]}
-        lengths = token_bytes(texts.tokenizer)
-        for split in SPLITS:
-            ids = np.concatenate([*found[split], np.empty(0, np.uint32)])
-            counts = np.array([len(part) for part in found[split]], np.int64)
-            starts = np.cumsum(counts) - counts
-            firsts = lengths[ids[starts]]
-            dtype = np.dtype(dtype_of(texts))
-            _write_names(staging, split, names[split])
-            path = staging / f"{split}.arrow"
-            writer = RowWriter(path, block_size=section.block_size, dtype=dtype)
-            if split != "train":
-                chunks = [packing.Chunk(ids, starts)] if len(ids) else []
-                for rows in packing.held_out(chunks, section.block_size, fill=end):
-                    writer.write(rows)
-            writer.close()
-            facts[split] = sizes[split] | {
-                "tokens": len(ids), "rows": writer.count, "left_out": 0,
-                "first_token_bytes": int(firsts[:1].sum()), "first_tokens_bytes": int(firsts.sum()),
-            }  # fmt: skip
-        check_held_out(facts, section)
-
-
 def _bounded(chunk: packing.Chunk, size: int) -> Iterator[packing.Chunk]:
     """Yield a chunk in parts: a single document can be larger than what fits in memory twice."""
     if len(chunk.ids) <= 2 * size:
@@ -348,7 +270,7 @@ def _write_split(
     cut = 0  # documents longer than a row
     is_tail = texts.corpus.hold_out == "tail"
     if split != "train":
-        _write_names(staging, split, [])
+        write_names(staging, split, [])
 
     def stream(group: int | None) -> Iterator[packing.Chunk]:
         nonlocal cut
@@ -358,7 +280,7 @@ def _write_split(
             if split != "train":
                 mask = kept.documents & (shard.table["split"] == SPLITS.index(split))
                 if mask.any():
-                    _write_names(staging, split, shard.names(np.flatnonzero(mask)))
+                    write_names(staging, split, shard.names(np.flatnonzero(mask)))
             source = facts["sources"][shard.group]
             step = max(1, cleaning.TOKENS_AT_ONCE // section.block_size) * section.block_size
             for chunk in itertools.chain.from_iterable(
@@ -404,12 +326,6 @@ def _write_split(
         else:
             counts["truncation"] = cut / max(1, counts["documents"])
     facts[split] = counts
-
-
-def _write_names(folder: Path, split: str, names: list[str]) -> None:
-    """Put on record which documents are held out."""
-    with (folder / f"{split}_documents.jsonl").open("a") as file:
-        file.writelines(json.dumps(name) + "\n" for name in names)
 
 
 def _packed(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -159,3 +161,9 @@ def _without(chunk: packing.Chunk, spans: np.ndarray, end: int) -> packing.Chunk
     stays[np.repeat(counts == 1, np.diff(np.append(starts, len(ids))))] = False
     counts = counts[counts > 1]
     return packing.Chunk(ids[stays], np.cumsum(counts) - counts)
+
+
+def write_names(folder: Path, split: str, names: list[str]) -> None:
+    """Put on record which documents are held out."""
+    with (folder / f"{split}_documents.jsonl").open("a") as file:
+        file.writelines(json.dumps(name) + "\n" for name in names)

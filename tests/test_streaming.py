@@ -20,7 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from pipeline import preparation, raw_documents, sources, streaming, text_files
+from pipeline import (
+    preparation,
+    raw_documents,
+    sources,
+    stream_beginning,
+    streaming,
+    text_files,
+)
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
 from pipeline.preparation import prepare_blocks, stream_of
@@ -735,7 +742,7 @@ def test_text_given_as_held_out_may_not_be_streamed(tmp_path, texts, tokenizer, 
     # Beyond the beginning that is looked through, the stream itself finds it.
     values = {"validation_files": [str(folder / "039.txt")], "held_out_from_bytes": 1000}
     prepared(tokenizer, tmp_path / "c", section_of(folder, **values))
-    known = (tmp_path / "c" / preparation.GIVEN).read_text().split()
+    known = (tmp_path / "c" / stream_beginning.GIVEN).read_text().split()
     stream = make(folder, **values)._replace(held_out=frozenset(map(bytes.fromhex, known)))
     assert len(known) == 1
     with pytest.raises(InputError, match=r"039\.txt: this training document is also held-out"):
@@ -747,7 +754,7 @@ def test_copies_of_held_out_text_are_left_out_of_a_stream(tmp_path, texts, token
     folder = write_texts(tmp_path / "t", texts)
     values, rules = {"validation_files": [str(folder / "003.txt")]}, {"decontaminate": "copies"}
     prepared(tokenizer, tmp_path / "b", section_of(folder, **values), rules)
-    known = (tmp_path / "b" / preparation.GIVEN).read_text().split()
+    known = (tmp_path / "b" / stream_beginning.GIVEN).read_text().split()
     stream = make(folder, rules=rules, **values)
     stream = stream._replace(held_out=frozenset(map(bytes.fromhex, known)))
     rows = _Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
