@@ -13,7 +13,7 @@ from pipeline import attention, machine
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
-from pipeline.recipe import InputError, Recipe
+from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,6 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
-    if stated.get("torch_compile") and on_cpu:
-        machine.warm_compiler()
     patience = recipe.evaluation.early_stopping_patience
     for file in recipe.evaluation.texts.values():
         if not read_text(Path(file), errors=recipe.data.errors):
@@ -218,31 +216,33 @@ def gradient_accumulation_steps(
     return steps
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a device has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error)  # the CPU allocator's RuntimeError
+def remedy(error: BaseException, recipe: Recipe, arguments: TrainingArguments) -> str | None:
+    """Return the sentence for a failure that other keys avoid, None for all others."""
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    # The CPU allocator's is a RuntimeError.
+    if is_out_of_memory or "can't allocate memory" in str(error):
+        return _out_of_memory(recipe, arguments)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return (
+            f"training.torch_compile: {first_line(error)}; set it to false, or leave out what the "
+            "compiler does not know (model.attn_implementation, for one)"
+        )
+    return None
 
 
-def is_of_compiler(error: BaseException) -> bool:
-    """Tell whether torch.compile has found something that it cannot make one program of."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-def out_of_memory_sentence(recipe: Recipe, arguments: TrainingArguments) -> str:
+def _out_of_memory(recipe: Recipe, arguments: TrainingArguments) -> str:
     """Return what was asked of the memory, and which keys ask for less."""
     batch = arguments.per_device_train_batch_size
     smaller = next((b for b in range(batch // 2, 0, -1) if batch % b == 0), None)
-    remedy = "a smaller data.block_size or model.config"
+    less = "a smaller data.block_size or model.config"
     if smaller:
-        remedy = (
+        less = (
             f"--training.per_device_train_batch_size {smaller} (the update stays the same, "
-            f"accumulation makes up for it), or {remedy}"
+            f"accumulation makes up for it), or {less}"
         )
     return (
         f"out of memory on {machine.device_name(arguments.device)} with {batch} rows of "
-        f"{recipe.data.block_size} tokens at once; try {remedy}"
+        f"{recipe.data.block_size} tokens at once; try {less}"
     )
 
 

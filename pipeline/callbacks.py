@@ -95,13 +95,12 @@ class TrainingProgressCallback(ProgressCallback):
                 disable=args.disable_tqdm or None,
             )
             self.current_step = state.global_step
-            self._started, self._has_begun = (time.perf_counter(), state.global_step), False
+            self._started: tuple[float, int] | None = None
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Move the bar; the time left counts from the second update on, the first compiles."""
         super().on_step_end(args, state, control, **kwargs)
-        if state.is_world_process_zero and not self._has_begun:
-            self._has_begun = True
+        if state.is_world_process_zero and self._started is None:
             self._started = time.perf_counter(), state.global_step
             self.training_bar.start_t, self.training_bar.initial = time.time(), state.global_step
 

@@ -1,20 +1,25 @@
 """What the machine has, and how it is set up for training: precision, threads, memory, compiler."""
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import ctypes
-import functools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from pipeline.recipe import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # glibc's malloc gives a block of 128 KB to 32 MB and more back to the kernel as soon as it is free,
 # and the next update pays for every page again: 1.36 times a stock step of GPT-2 small on two
@@ -71,14 +76,14 @@ def precision(asked: str, *, on_cpu: bool) -> str:
     return asked
 
 
-@functools.cache
-def warm_compiler() -> None:
+def warm_compiler(arguments: TrainingArguments) -> None:
     """Let another process prepare what compiling for a CPU needs, while the text is prepared.
 
     Precompiled headers and tests of the processor, which PyTorch keeps in its cache on disk: 7 of
-    53 seconds of a first compilation here.
+    53 seconds of a first compilation here. Nothing where nothing is compiled for a CPU.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one for a machine
+    is_needed = arguments.torch_compile and arguments.device.type == "cpu"
+    if not is_needed or arguments.local_process_index:  # one for a machine
         return
     code = "import torch; torch.compile(torch.sin)(torch.ones(64))"
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)

@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: torch takes seconds, and --help or a misspelt key should not.
     from pipeline import report, run_folder
     from pipeline.arguments import training_arguments
+    from pipeline.machine import warm_compiler
     from pipeline.model import build_model, check_model
     from pipeline.processes import Processes
     from pipeline.run_data import obtain_run_data
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = Processes(arguments)
     with run_folder.opened(recipe, options, processes) as run:
         if not run.finished:
+            warm_compiler(arguments)
             data = obtain_run_data(recipe, arguments)
             model = build_model(
                 recipe.model, data.tokenizer, block_size=recipe.data.block_size,

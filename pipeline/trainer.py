@@ -34,7 +34,8 @@ from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, score
-from pipeline.resumable import SAMPLES, ResumableTrainer
+from pipeline.resumable import ResumableTrainer
+from pipeline.saving import SAMPLES
 from pipeline.text_files import read_text
 from pipeline.tokenizer import tokenizer_fingerprint
 

@@ -34,14 +34,8 @@ SCALER = "scaler.pt"
 
 # Of a group of parameters: what the recipe says, unlike what an optimizer counts there.
 SETTINGS = (
-    "initial_lr",
-    "weight_decay",
-    "betas",
-    "eps",
-    "momentum",
-    "newton_schulz_steps",
-    "parts",
-)
+    "initial_lr", "weight_decay", "betas", "eps", "momentum", "newton_schulz_steps", "parts",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -224,19 +224,23 @@ def test_compiling_takes_a_compiler_and_pythons_header(
     assert machine.has_compiler() is found
 
 
-@pytest.mark.parametrize(("rank", "started"), [(None, 1), ("0", 1), ("1", 0)])
-def test_one_process_of_a_machine_warms_the_compiler(monkeypatch, rank, started):
+def compiling(*, compiles=True, device="cpu", rank=0):
+    """As much of TrainingArguments as says whether something is compiled for a CPU."""
+    return types.SimpleNamespace(
+        torch_compile=compiles, device=torch.device(device), local_process_index=rank
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "started"),
+    [({}, 1), ({"rank": 1}, 0), ({"compiles": False}, 0), ({"device": "cuda"}, 0)],
+)
+def test_the_compiler_is_warmed_once_where_it_is_used(monkeypatch, given, started):
     calls, at_exit = [], []
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
     process = types.SimpleNamespace(kill=lambda: None)
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: calls.append((a, k)) or process)
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    machine.warm_compiler.cache_clear()
-    machine.warm_compiler()
-    machine.warm_compiler()  # once
-    machine.warm_compiler.cache_clear()
+    machine.warm_compiler(compiling(**given))
     assert len(calls) == started and at_exit == [process.kill] * started
     for (command,), streams in calls:
         assert command[0] == sys.executable and set(streams.values()) == {subprocess.DEVNULL}
@@ -248,7 +252,7 @@ def test_a_warm_compiler_has_its_headers_precompiled(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path))
     at_exit = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    machine.warm_compiler.__wrapped__()
+    machine.warm_compiler(compiling())
     process = at_exit[0].__self__
     assert process.wait(timeout=300) == 0
     assert list(tmp_path.rglob("*.gch")) + list(tmp_path.rglob("*.pch"))

@@ -702,20 +702,6 @@ def test_every_choice_that_was_made_is_in_the_recipe(smoke_recipe, tmp_path, mon
     assert resolved.model.attn_implementation == "blockwise_causal"
 
 
-@pytest.mark.parametrize(
-    ("compiles", "has_compiler", "warmed"), [(True, True, 1), (False, True, 0), (True, False, 0)]
-)
-def test_the_compiler_is_warmed_where_it_is_used(
-    smoke_recipe, tmp_path, monkeypatch, compiles, has_compiler, warmed
-):
-    calls = []
-    monkeypatch.setattr("pipeline.machine.warm_compiler", lambda: calls.append(1))
-    monkeypatch.setattr("pipeline.machine.has_compiler", lambda: has_compiler)
-    values = {"training.output_dir": str(tmp_path), "training.torch_compile": compiles}
-    training_arguments(read_recipe(smoke_recipe, {**values, "training.use_cpu": True}))
-    assert len(calls) == warmed
-
-
 def test_the_attention_of_cpus_is_warned_of_elsewhere(smoke_recipe, tmp_path, monkeypatch, caplog):
     values = {"training.output_dir": str(tmp_path), "training.use_cpu": True}
     values["model.attn_implementation"] = "blockwise_causal"

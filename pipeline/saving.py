@@ -1,0 +1,240 @@
+"""A `Trainer` whose checkpoints are ours: written beside the training, put back as they were.
+
+What is saved is `training_state`'s, where and how `checkpoint`'s; what is overridden and why stands
+at each method.
+"""
+
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from pipeline import artifact, checkpoint, resumption
+from pipeline.clock import Clock
+from pipeline.guard import Guard
+from pipeline.processes import Processes
+from pipeline.recipe import Recipe
+from pipeline.training_state import TrainingState, tensor_bytes
+from pipeline.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.txt"
+
+
+class SavingTrainer(Trainer):
+    """`Trainer` with our checkpoints, and what they tell of the run so far."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        *,
+        processes: Processes | None,
+        fingerprints: dict[str, str | None],
+        **parts: Any,
+    ) -> None:
+        """Take `fingerprints` of rows and tokenizer; `parts` go to Trainer."""
+        self.recipe = recipe
+        self._processes = processes or Processes(arguments)
+        self._staging: Path | None = None
+        self._clock = Clock(recipe.tokens_per_update)
+        self._spent: dict[str, float] = {}
+        self._watchdog = Watchdog(
+            recipe.faults.hang_seconds, rank=self._processes.rank, count=self._processes.count
+        )
+        self._guard = Guard(process_count=self._processes.count)
+        self._left_out: set[int] = set()  # rows of updates that were not made
+        self._rollbacks = 0
+        self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
+        self._saved_step: int | None = None
+        self._fingerprints = fingerprints
+        super().__init__(args=arguments, **parts)
+        self._training_state = TrainingState(self)
+        folder, keep = Path(arguments.output_dir), arguments.save_total_limit
+        self._writer = checkpoint.Writer(folder, keep=keep)
+
+    @property
+    def _rows_per_update(self) -> int:
+        return self.recipe.tokens_per_update // self.recipe.data.block_size
+
+    @property
+    def _updates_per_epoch(self) -> int:
+        return len(self.train_dataset) // self._rows_per_update
+
+    @property
+    def _horizon(self) -> int:
+        """The update with which the run ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _check_room(self, found: Path | None) -> None:
+        arguments = self.args
+        if found is not None:
+            size = sum(f["size"] for f in artifact.read_manifest(found)["files"].values())
+        else:  # the weights and, of AdamW, two moments of each
+            size = 3 * sum(tensor_bytes(parameter) for parameter in self.model.parameters())
+        every = {"epoch": self._updates_per_epoch, "no": self._horizon}.get(
+            arguments.save_strategy, arguments.save_steps
+        )
+        every = every if every >= 1 else math.ceil(every * self._horizon)
+        with artifact.full_disk_said(Path(arguments.output_dir)):
+            self._training_state.unchanging_files()  # while there is room
+        checkpoint.check_room(
+            Path(arguments.output_dir),
+            size=size,
+            planned=math.ceil((self._horizon - self._resumed.get("step", 0)) / every),
+            keep=arguments.save_total_limit,
+            has_best=arguments.metric_for_best_model is not None,
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Copy what a checkpoint holds; a thread writes it while training goes on."""
+        if self._saved_step == self.state.global_step:
+            return
+        self._guard.settle()
+        self._saved_step = self.state.global_step
+        self._name_best()
+        with self._clock.paused():
+            self._watchdog.beat(f"saving after update {self.state.global_step}")
+            if self._is_sharded:
+                self._save_shards(model, trial)
+                return
+            windows = self._processes.gathered(self._tr_loss.item())
+            random_states = self._processes.gathered(self._training_state.random_state())
+            if self._processes.is_main:
+                self._writer.wait()  # it reads the copy that is about to be overwritten
+                files, size = self._training_state.files(random_states)
+                contents = checkpoint.Contents(files, size, self._origin(), self._facts(windows))
+                self._writer.write(self.state.global_step, contents, best=self._best)
+
+    def _save_shards(self, model: torch.nn.Module, trial: Any) -> None:
+        """Stage what each process holds, sync, rename; training waits for it."""
+        started, folder = time.perf_counter(), Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = folder / f"{artifact.STAGING}shards"
+        if self._processes.is_main:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self._name_best()  # Trainer has put down the place where it was staged
+        windows = self._processes.gathered(self._tr_loss.item())
+        if self._processes.is_main:
+            self.state.save_to_json(str(staging / name / checkpoint.STATE))
+            artifact.commit(staging / name, folder / name, self._origin(), self._facts(windows))
+            shutil.rmtree(staging)
+            checkpoint.rotate(folder, keep=self.args.save_total_limit, best=self._best)
+            logger.info("saved %s; training waited %.1f s", name, time.perf_counter() - started)
+        self.accelerator.wait_for_everyone()
+
+    def _finish_writing_alone(self) -> None:
+        with self._watchdog.paused():
+            self._writer.wait()
+
+    def _finish_writing(self) -> None:
+        """Wait for the last checkpoint; the others wait for the main process."""
+        self._finish_writing_alone()
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self) -> None:
+        """Name the best checkpoint by its number: a run folder may have been moved."""
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+
+    @property
+    def _best(self) -> Path | None:
+        best = self.state.best_model_checkpoint
+        return Path(best) if best else None
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint when it is written, and if it is whole."""
+        self._finish_writing()
+        wrong = self._processes.told(lambda: artifact.damage(self._best))
+        if wrong:
+            logger.error("the best checkpoint is lost: %s; the result is the last update's", wrong)
+        elif self._is_sharded:
+            super()._load_best_model()
+        else:  # Trainer's own warns of the tied head
+            self._training_state.put_back_weights(self._best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights from safetensors and nothing else; Trainer takes pickles as well."""
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._training_state.put_back_weights(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, with the recipe's rates; Trainer goes on without a word if one is gone."""
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            saved = self._resumed.get("optimizer")
+            self._training_state.put_back_optimizer(Path(checkpoint), saved)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators, also with another number of processes."""
+        if self._is_sharded:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            self._training_state.put_back_random_state(Path(checkpoint))
+
+    def _load_callback_state(self) -> None:
+        """Go on counting evaluations without a better loss, with the recipe's patience."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.recipe.evaluation.early_stopping_patience
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    @property
+    def _tokens_seen(self) -> int:
+        # An update that was allowed to be of another size does not change those before it.
+        step, tokens = (self._resumed.get(name, 0) for name in ("step", "tokens"))
+        return tokens + (self.state.global_step - step) * self.recipe.tokens_per_update
+
+    def _origin(self) -> dict[str, Any]:
+        """Return what made a checkpoint, to be compared with what goes on from it."""
+        return {
+            "recipe": resumption.described(self.recipe),
+            "rows": self._fingerprints["rows"],
+            "tokenizer_fingerprint": self._fingerprints["tokenizer"],
+            "processes": {
+                "count": self._processes.count,
+                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            },
+            "horizon": self._horizon,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _facts(self, windows: list[float]) -> dict[str, Any]:
+        """Return what a run that goes on from here has to know besides Trainer's own state."""
+        samples = Path(self.args.output_dir) / SAMPLES
+        return self._clock.spent(self.state.global_step) | {
+            "step": self.state.global_step,
+            "tokens": self._tokens_seen,
+            "loss_windows": windows,
+            "last_logged_step": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "samples_bytes": samples.stat().st_size if samples.exists() else 0,
+            "left_out": sorted(self._left_out),
+            "rollbacks": self._rollbacks,
+            "optimizer": self._training_state.optimizer_name,
+        }
