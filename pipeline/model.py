@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+import pipeline.attention  # noqa: F401  registers its functions with transformers
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
 from pipeline.recipe import InputError, check_local, first_line, not_loaded

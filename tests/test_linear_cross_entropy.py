@@ -69,9 +69,9 @@ def short_chunks(monkeypatch):
 @pytest.mark.parametrize(
     "bytes_held, vocabulary, rows",
     [
-        (64 * 2**20, 50257, 256),
-        (64 * 2**20, 50304, 256),
-        (64 * 2**20, 384, 32768),
+        (128 * 2**20, 50257, 512),
+        (128 * 2**20, 50304, 512),
+        (128 * 2**20, 384, 65536),
         (2**30, 50257, 4096),
         (4 * 64 * 1000, 1000, 64),
         (4 * 64 * 1000 - 1, 1000, 32),
@@ -392,25 +392,53 @@ def test_compiled_as_one_graph_it_is_the_same(short_chunks, backend, mixed):
     assert_close(found, by_definition(*given, 1 / 41), **limits)
 
 
-def test_compiled_it_holds_no_more(monkeypatch):
+def made_when_compiled(given):
+    """Return the operators of the compiled graph, and the largest tensor among their results."""
     torch._dynamo.reset()
-    monkeypatch.setattr(room, "CHUNK_BYTES", {"cpu": 4 * 1000 * 64})
-    sizes, products = [], []
+    operators, sizes = [], []
 
     def record(graph, inputs):
         for node in graph.graph.nodes:
+            operators.append(str(node.target))
             made = node.meta.get("val")
-            if isinstance(made, torch.Tensor):
-                sizes.append(made.numel())
-                if node.target is torch.ops.aten.mm.default:
-                    products.append(tuple(made.shape))
+            each = made if isinstance(made, list) else [made]
+            sizes.extend(of.numel() for of in each if isinstance(of, torch.Tensor))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=record)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend=backend)
-    in_pieces(*tensors(512, 1000), function=compiled)
-    assert products == 8 * [(64, 1000), (64, 16), (1000, 16)]
-    assert max(sizes) == 64 * 1000
+    in_pieces(*given, function=compiled)
+    return operators, max(sizes)
+
+
+def test_compiled_one_chunk_is_part_of_the_graph():
+    operators, _ = made_when_compiled(tensors(512, 1000))
+    assert operators.count("aten.mm.default") == 3
+    assert "gpt2_pretraining.loss_and_gradients.default" not in operators
+
+
+def test_compiled_several_chunks_are_one_operator(monkeypatch):
+    """Which then keeps no part of one chunk while it is at the next."""
+    monkeypatch.setattr(room, "CHUNK_BYTES", {"cpu": 4 * 1000 * 64})
+    monkeypatch.setattr(room, "_compiled", lambda: (room._losses_and_error, room._add_))
+    given = tensors(512, 1000)
+    operators, largest = made_when_compiled(given)
+    assert operators.count("gpt2_pretraining.loss_and_gradients.default") == 1
+    assert "aten.mm.default" not in operators and largest == 1000 * 16
+    hidden, weight, labels = (x.detach() for x in given)
+    with _Made() as made:
+        room._loss_and_gradients(hidden, weight, labels, 1000, (True, True), True)
+    assert made.products == 8 * [(64, 1000), (64, 16), (1000, 16)]
+    assert made.largest() == 64 * 1000
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operator_is_what_it_says_it_is(monkeypatch, short_chunks, trained, dtype):
+    monkeypatch.setattr(room, "_compiled", lambda: (room._losses_and_error, room._add_))
+    hidden, weight, labels = (x.detach() for x in tensors(70, 384))
+    given = (hidden.to(dtype), weight.to(dtype), labels, 384, trained, True)
+    torch.library.opcheck(room._loss_and_gradients_apart, given)
 
 
 @pytest.mark.gpu
