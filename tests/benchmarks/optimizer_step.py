@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from training_speed import shape_of
 
 from pipeline import attention, machine
 from pipeline.model import build_model
@@ -20,13 +21,6 @@ from pipeline.optimizer import muon
 from pipeline.sections import ModelSection, OptimizerSection
 
 ROUNDS = 7
-# layers, width, heads, vocabulary, rows, block
-SHAPES = {
-    "4x128": (4, 128, 2, 2048, 16, 128),
-    "4x192": (4, 192, 3, 4096, 16, 128),
-    "6x384": (6, 384, 6, 4096, 8, 256),
-    "124M": (12, 768, 12, 50257, 2, 512),
-}
 AS_IN_A_RECIPE = SimpleNamespace(
     weight_decay=0.1, learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8
 )
@@ -54,10 +48,12 @@ def main() -> None:
     device = torch.device("cpu" if on_cpu else "cuda")
     print("| shape | tokens | passes ms | AdamW ms | Muon ms | Muon is a tenth from tokens |")
     print("|---|---|---|---|---|---|")
-    for name in sys.argv[1:] or SHAPES:
-        layers, width, heads, vocabulary, rows, block = SHAPES[name]
+    for name in sys.argv[1:] or ("4x128", "4x192", "124M"):
+        shape = shape_of(name, on_cpu=on_cpu)
+        vocabulary, rows, block = (shape[key] for key in ("vocabulary", "batch", "block"))
+        sizes = {"n_layer": "layers", "n_embd": "width", "n_head": "heads"}
         section = ModelSection(
-            config={"n_layer": layers, "n_embd": width, "n_head": heads},
+            config={key: shape[value] for key, value in sizes.items()},
             attn_implementation=attention.fastest(
                 block_size=block, attend_across=True, on_cpu=on_cpu
             ),

@@ -34,6 +34,7 @@ from pipeline.meters import flops_per_token
 GPT2 = {"vocabulary": 50257, "batch": 16, "block": 1024}
 SMALL = {"vocabulary": 4096}
 SHAPES = {
+    "4x128": {"layers": 4, "width": 128, "heads": 2, "batch": 16, "block": 128, "vocabulary": 2048},
     "4x192": {"layers": 4, "width": 192, "heads": 3, "batch": 16, "block": 128, **SMALL},
     "6x384": {"layers": 6, "width": 384, "heads": 6, "batch": 8, "block": 256, **SMALL},
     "124M": {"layers": 12, "width": 768, "heads": 12, **GPT2},
@@ -174,11 +175,15 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def shape_of(name: str, *, on_cpu: bool) -> dict[str, int]:
+    """Return the sizes of a model and of a batch of a step."""
+    is_large = SHAPES[name]["vocabulary"] == GPT2["vocabulary"]
+    return SHAPES[name] | (ON_CPU if is_large and on_cpu else {})
+
+
 def _measure_shape(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return what all arms have shown with one shape."""
-    shape = SHAPES[name]
-    if options.device == "cpu" and shape["vocabulary"] == GPT2["vocabulary"]:
-        shape = shape | ON_CPU
+    shape = shape_of(name, on_cpu=options.device == "cpu")
     given = {k: getattr(options, k) for k in ("batch", "block", "heads") if getattr(options, k)}
     shape = shape | given
     folder.mkdir()
