@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.blocks import NO_LABEL
 
-# fp32 logits held at a time. CPU: 512 rows of GPT-2's vocabulary were faster than 128 and 256 and as
-# fast as 1,024 (two Zen 4 cores); a GPU wants few large products, and has the room.
+# fp32 logits held at a time. CPU: 512 rows of GPT-2's vocabulary were faster than 128 and 256, and
+# as fast as 1,024 (two Zen 4 cores); a GPU wants few large products, and has the room.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Columns of the padded products: tensor cores want multiples of 8, and their tiles of 64.
 ALIGNED = 64
