@@ -5,9 +5,9 @@ compiled GPT-2 a dense mask instead, with which the fast causal kernel cannot ru
 without a mask function of its name gets none.
 
 `blockwise_causal` is plain matrix products over 128 queries at a time and the keys before them, so
-that what is above the diagonal is not computed. On two Zen 4 cores that is 2 to 4 times as fast as
-the fused kernel in bf16 at blocks of 64 to 512, hardly faster at 1,024 (compiled, both passes:
-`tests/benchmarks/attention_kernels.py`), and keeps block_size / 2 probabilities a token.
+that what is above the diagonal is not computed. On two Zen 4 cores that is 1.7 to 3.9 times as fast
+as the fused kernel in bf16 at blocks of 64 to 512, 1.1 to 1.3 times at 1,024 (compiled, both
+passes: `tests/benchmarks/attention_kernels.py`), and keeps block_size / 2 probabilities a token.
 
 Neither can keep documents apart (`model` refuses them where that is asked) or leave out padding,
 which our rows do not have: they belong to the model that trains; the saved one opens with sdpa.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Queries at a time: fastest or within a twentieth of it at blocks from 512 on; 64 is up to a fifth
-# faster at 128 and 256, where attention is a tenth of a step, but twice the code to compile.
+# Queries at a time: fastest, or within a fifteenth of it, at blocks from 512 on. At 128 tokens 64
+# would save up to 4 % of a step of 4 x 192, and be twice the code to compile.
 QUERIES = 128
 # Above, the probabilities kept for the backward pass (12 layers, batch 8 x 1,024: 1.2 GB in bf16)
 # cost more than the time they save.

@@ -60,8 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype,
-        *are_trained: bool,
+        is_hidden_trained: bool,
+        is_weight_trained: bool,
     ) -> torch.Tensor:
+        are_trained = is_hidden_trained, is_weight_trained
         vocabulary, kind = len(weight), hidden.device.type
         head = weight.to(dtype)
         if kind == "cuda" and vocabulary % ALIGNED:
@@ -124,7 +126,8 @@ def _loss_and_gradients(
 
 # As part of a compiled graph a chunk's kernels would be compiled once for each chunk, and the parts
 # of the weight's gradient kept, to be added up in one kernel: for GPT-2 small and 8 x 1,024 tokens
-# 71 s and 2.2 GB. As an operator of its own it runs as written, on kernels compiled by themselves.
+# 71 s and 2 GB. As an operator of its own it runs as written, on kernels compiled by themselves
+# (by inductor, whatever the backend of the graph is).
 _loss_and_gradients_apart = torch.library.custom_op(
     "gpt2_pretraining::loss_and_gradients", _loss_and_gradients, mutates_args=()
 )
@@ -139,7 +142,8 @@ def _(
     are_trained: Sequence[bool],
     is_apart: bool,
 ) -> list[torch.Tensor]:
-    gradients = torch.empty_like(hidden), head.new_empty(head[:vocabulary].shape, dtype=torch.float)
+    shape = vocabulary, head.shape[1]
+    gradients = hidden.new_empty(hidden.shape), head.new_empty(shape, dtype=torch.float)
     trained = [of for of, is_trained in zip(gradients, are_trained, strict=True) if is_trained]
     return [hidden.new_empty((), dtype=torch.float), *trained]
 

@@ -434,17 +434,49 @@ def test_compiled_several_chunks_are_one_operator(monkeypatch):
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_operator_is_what_it_says_it_is(monkeypatch, short_chunks, trained, dtype):
+@pytest.mark.parametrize("laid_out", ["by rows", "by columns"])
+def test_the_operator_is_what_it_says_it_is(monkeypatch, short_chunks, trained, dtype, laid_out):
     monkeypatch.setattr(room, "_compiled", lambda: (room._losses_and_error, room._add_))
     hidden, weight, labels = (x.detach() for x in tensors(70, 384))
+    if laid_out == "by columns":
+        hidden = hidden.t().contiguous().t()
     given = (hidden.to(dtype), weight.to(dtype), labels, 384, trained, True)
     torch.library.opcheck(room._loss_and_gradients_apart, given)
 
 
-@pytest.mark.gpu
-def test_compiled_on_a_gpu_it_is_the_same():
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_with_its_own_kernels_and_a_padded_head(short_chunks, dtype):
     torch._dynamo.reset()
-    given = [x.detach().cuda() for x in tensors(100, 1000, ignored=[0, 40])]
+    hidden, weight, labels = tensors(70, 1000, ignored=[0, 40])
+    head = F.pad(weight.detach().to(dtype), (0, 0, 0, 24))
+    given = (hidden.detach().to(dtype), head, labels, 1000, (True, True), True)
+    found = room._loss_and_gradients_apart(*given)
+    limits = {} if dtype == torch.float32 else {"loss": BF16_LOSS, "gradient": BF16_GRADIENT}
+    assert_close(found, by_definition(hidden, weight, labels), **limits)
+
+
+@pytest.mark.parametrize("rows", [20, 70])
+@pytest.mark.parametrize("because", ["no_grad", "both are frozen"])
+def test_compiled_without_gradients_the_loss_is_the_same(monkeypatch, short_chunks, rows, because):
+    torch._dynamo.reset()
+    monkeypatch.setattr(room, "_compiled", lambda: (room._losses_and_error, room._add_))
+    given = tensors(rows, 1000)
+    wanted = by_definition(*given)[0]
+    if because == "both are frozen":
+        given = [x.detach() for x in given]
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    with torch.set_grad_enabled(because != "no_grad"):
+        assert distance(compiled(*given), wanted) < FP32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [20, 100])  # one chunk, and an operator for several
+def test_compiled_on_a_gpu_it_is_the_same(short_chunks, rows):
+    torch._dynamo.reset()
+    given = [x.detach().cuda() for x in tensors(rows, 1000, ignored=[0, 14])]
     given = [given[0].requires_grad_(), given[1].requires_grad_(), given[2]]
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)
     found = in_pieces(*given, mixed=True, device="cuda", function=compiled)

@@ -205,7 +205,9 @@ def test_a_finished_run_reprints_its_summary(smoke_recipe, run_copy, capsys, mon
     assert "bits per byte" in capsys.readouterr().out
 
 
-def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy):
+def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy, monkeypatch):
+    warmed = []
+    monkeypatch.setattr("pipeline.machine.warm_compiler", warmed.append)
     for name in run_folder.RESULTS:
         (run_copy / name).unlink(missing_ok=True)
     for folder in run_copy.glob("checkpoint-*"):
@@ -217,6 +219,7 @@ def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy):
         )  # fmt: skip
     assert not (run_copy / "model.safetensors").exists()
     assert os.path.exists(run_copy / "blocks" / "train.arrow")
+    assert len(warmed) == 1  # before the text is prepared, which is where this run has come to
 
 
 def test_overwriting_and_going_on_contradict_each_other(run_copy):
