@@ -7,7 +7,6 @@ folder without a manifest is not ours; a file that differs from it is damage, an
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -156,54 +155,6 @@ def clear_leftovers(parent: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, key: str) -> Iterator[None]:
-    """Hold a folder that exists; the lock goes with the process, however it ends.
-
-    Raises:
-        InputError: another process holds it; `key` is the setting that names another folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(
-            f"{folder}: another process is at work in it; wait for it, end it, or choose another "
-            f"{key}"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def held(folder: Path, *, is_main_process: bool = True) -> Iterator[None]:
-    """Make a run folder where there is none, and hold it; other processes than the main do nothing.
-
-    Raises:
-        InputError: it cannot be written to, or another process holds it.
-    """
-    if not is_main_process:
-        yield
-        return
-    probe = folder / f"{STAGING}probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --training.output_dir"
-        ) from None
-    with locked(folder, "--training.output_dir"):
-        yield
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

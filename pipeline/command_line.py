@@ -4,19 +4,17 @@ import difflib
 import logging
 import os
 import sys
-import textwrap
 import traceback
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
-from pipeline.known_fields import LibraryField, model_config_fields, training_fields
 from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section, Temperature
 
@@ -111,7 +109,7 @@ def read_options(argv: Sequence[str] | None, options: type[Section], *, doc: str
     """
     given = _words(sys.argv[1:] if argv is None else argv, options)
     if "help" in given:
-        _finish(_help(doc, options))
+        _finish(help_text(doc, options))
     names = {_option_name(options, name) for name in options.model_fields}
     unknown = next((key for key in given if key not in names), None)
     if unknown is not None:
@@ -130,7 +128,7 @@ def read_command_line(
     """
     given = _words(sys.argv[1:] if argv is None else argv, options)
     if "help" in given:
-        _finish(_help(doc, options, about=given["help"]))
+        _finish(help_text(doc, options, has_recipe=True, about=given["help"]))
     own = {key: value for key, value in given.items() if key in options.model_fields}
     rest = {key: value for key, value in given.items() if key not in own}
     door = _options(options, own)
@@ -253,73 +251,3 @@ def _unknown_option(key: str, known: list[str]) -> str:
 def _finish(text: str) -> typing.NoReturn:
     sys.stdout.write(text.rstrip("\n") + "\n")
     raise SystemExit(0)
-
-
-def _help(doc: str, options: type[Section], about: str = "") -> str:
-    if about == "training":
-        return _library_help("training", "TrainingArguments", training_fields())
-    if about == "model.config":
-        return _library_help("model.config", "GPT2Config", model_config_fields())
-    lines = [doc.strip(), "", f"{options.__doc__}"]
-    lines += _field_lines(options, "")
-    if issubclass(options, RecipeOptions):
-        lines += ["", Recipe.__doc__ + " These lay over the recipe."]
-        lines += _field_lines(Recipe, "")
-        for name, field in Recipe.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                lines += ["", f"{name}: {field.annotation.__doc__}"]
-                lines += _field_lines(field.annotation, f"{name}.")
-        lines += ["", "--help training lists the fields of TrainingArguments;"]
-        lines += ["--help model.config those of GPT2Config."]
-    return "\n".join(lines)
-
-
-def _field_lines(model: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            continue
-        default = field.get_default(call_default_factory=True)
-        # A default of None is explained by the field's own sentence.
-        stated = field.is_required() or default is None
-        required = "" if stated else f" (default: {_spelled(default)})"
-        lines += _paragraph(
-            f"--{prefix}{field.alias or name} {_kind(field.annotation)}",
-            f"{field.description}{required}",
-        )
-    return lines
-
-
-def _library_help(section: str, class_name: str, fields: dict[str, LibraryField]) -> str:
-    lines = [f"{section}: the fields of the installed transformers.{class_name}"]
-    for name, field in fields.items():
-        text = f"{field.help} (default: {field.default})".strip()
-        lines += _paragraph(f"--{section}.{name} {_kind(field.annotation)}", text)
-    return "\n".join(lines)
-
-
-def _paragraph(head: str, text: str) -> list[str]:
-    return [
-        f"  {head}",
-        *textwrap.wrap(
-            " ".join(text.split()), 88, initial_indent=" " * 8, subsequent_indent=" " * 8
-        ),
-    ]
-
-
-def _spelled(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-
-
-def _kind(annotation: Any) -> str:
-    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(str(choice) for choice in parts)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(parts) == 1:
-        return _kind(parts[0])
-    if parts and isinstance(parts[0], type) and issubclass(parts[0], BaseModel):
-        fields = ", ".join(parts[0].model_fields)
-        return f"list of {{{fields}}}"
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    name = str(annotation) if parts else name
-    return name.replace("typing.", "").replace(" | None", "").replace("NoneType", "null")

@@ -1,21 +1,16 @@
 """All documents of a recipe, cleaned one by one, each on one side of the split."""
 
-import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
-import time
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
-from pipeline import artifact, raw_documents, sources, text_files
+from pipeline import raw_documents, sources, text_files
+from pipeline.file_digests import file_digests
 from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError
 from pipeline.sections import CleaningSection, DataSection, SourceSection
@@ -23,9 +18,6 @@ from pipeline.sections import CleaningSection, DataSection, SourceSection
 SPLITS = ("train", "validation", "test")
 # Below this many documents, about 5 % of them would be too few to speak for the rest.
 FEWEST_DOCUMENTS_TO_HOLD_OUT = 100
-# A file that changed within this time of being read may change again without a newer time stamp.
-RACY_SECONDS = 2.0
-SMALL_FILE = 1 << 20
 
 
 class Document(NamedTuple):
@@ -149,7 +141,7 @@ class Corpus:
         files = {number: sources.find_files(source) for number, source in groups}
         stats = [(str(path), _stat(path)) for found in files.values() for _, path in found]
         self.size = sum(stat.st_size for _, stat in stats)
-        self._digests = _file_digests(stats, digests)
+        self._digests = file_digests(stats, digests)
         self.shards = [
             shard
             for number, source in groups
@@ -306,55 +298,6 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _file_digests(stats: list[tuple[str, os.stat_result]], kept: Path | None) -> dict[str, str]:
-    """Return the sha256 of every file, of an untouched one as it was kept."""
-    known: dict[str, list] = {}
-    if kept is not None:
-        try:
-            found = json.loads(kept.read_text())
-            known = found if isinstance(found, dict) else {}
-        except (OSError, ValueError):
-            pass
-    marks = {
-        path: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in stats
-    }
-    changed = [path for path in marks if known.get(path, [None])[:-1] != marks[path]]
-    size = sum(marks[path][0] for path in changed)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashlib lets other threads run
-        tqdm(
-            desc="fingerprint", total=size, unit="B", unit_scale=True, delay=2, disable=None
-        ) as bar,
-    ):
-        digests = {path: entry[-1] for path, entry in known.items() if path in marks}
-        parts = [changed[start : start + 256] for start in range(0, len(changed), 256)]
-        for part, found in zip(parts, pool.map(_sha256, parts), strict=True):
-            digests |= zip(part, found, strict=True)
-            bar.update(sum(marks[path][0] for path in part))
-    if kept is not None and changed:
-        settled = time.time_ns() - int(RACY_SECONDS * 1e9)
-        entries = {p: [*m, digests[p]] for p, m in marks.items() if m[2] < settled}
-        with contextlib.suppress(OSError):  # it only saves time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            artifact.write_whole(kept, json.dumps(entries))
-    return digests
-
-
-def _sha256(paths: list[str]) -> list[str]:
-    digests = []
-    for path in paths:
-        try:
-            with open(path, "rb", buffering=0) as file:
-                first = file.read(SMALL_FILE)  # one call less for each of many small files
-                digest = hashlib.sha256(first)
-                while len(first) == SMALL_FILE and (more := file.read(SMALL_FILE)):
-                    digest.update(more)
-            digests.append(digest.hexdigest())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return digests
 
 
 def _combined(digests: list[str]) -> str:

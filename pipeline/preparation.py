@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipeline import artifact, cleaning, packing, sources
+from pipeline import artifact, cleaning, locks, packing, sources
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder, choose_encoder
@@ -75,7 +75,7 @@ def prepare_blocks(
         if rank:
             _help_along(texts, shards, num_proc, rank, world_size)
             return
-        with artifact.locked(shards, "--data.path or --training.output_dir"):
+        with locks.locked(shards, "--data.path or --training.output_dir"):
             # Another process may have finished while this one came to the lock.
             if not artifact.reusable(folder, made_from):
                 if section.streaming:
@@ -171,7 +171,7 @@ def _help_along(
 ) -> None:
     report, own = shards / f"failed-{rank}.txt", shards / f"_machine-{rank}"
     own.mkdir(exist_ok=True)
-    with artifact.locked(own, "--machine_rank"):
+    with locks.locked(own, "--machine_rank"):
         report.unlink(missing_ok=True)
         _make_shards_of(texts, shards, num_proc, rank, world_size, report)
 

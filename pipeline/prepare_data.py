@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PrepareOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help or a misspelt key should not.
-    from pipeline.artifact import held
     from pipeline.corpus import Corpus
+    from pipeline.locks import held
     from pipeline.preparation import prepare_blocks
     from pipeline.row_tables import show
     from pipeline.tokenizer import await_tokenizer, obtain_tokenizer

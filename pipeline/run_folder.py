@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import artifact, interruption
+from pipeline import artifact, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
 from pipeline.command_line import PretrainOptions
 from pipeline.processes import Processes
@@ -72,7 +72,7 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
     with contextlib.ExitStack() as stack:
 
         def claim() -> str:
-            stack.enter_context(artifact.held(folder))
+            stack.enter_context(locks.held(folder))
             artifact.clear_leftovers(folder)
             if aside.exists():  # a process that was to overwrite a run was killed
                 if (folder / STATUS).exists():  # after it had begun

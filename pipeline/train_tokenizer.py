@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, TokenizerOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help or a misspelt key should not.
-    from pipeline.artifact import held
     from pipeline.corpus import Corpus
+    from pipeline.locks import held
     from pipeline.tokenizer import compare, load_tokenizer, obtain_tokenizer
 
     others = {options.compare: load_tokenizer(options.compare)} if options.compare else {}

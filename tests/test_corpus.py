@@ -11,8 +11,7 @@ import unicodedata
 import datasets
 import pytest
 
-from pipeline import corpus as corpus_module
-from pipeline import text_files
+from pipeline import file_digests, text_files
 from pipeline.corpus import Corpus, split_of
 from pipeline.recipe import CleaningSection, DataSection
 
@@ -386,18 +385,18 @@ def test_identity_tells_a_source_from_files_given_for_a_split(tmp_path):
 @pytest.fixture
 def hashed(monkeypatch):
     """Names of the files that are read for their fingerprint, from now on."""
-    seen, real = [], corpus_module._sha256
+    seen, real = [], file_digests._sha256
 
     def counted(paths):
         seen.extend(os.path.basename(path) for path in paths)
         return real(paths)
 
-    monkeypatch.setattr(corpus_module, "_sha256", counted)
+    monkeypatch.setattr(file_digests, "_sha256", counted)
     return seen
 
 
 def test_untouched_files_are_not_read_again(tmp_path, hashed, monkeypatch):
-    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 0)
+    monkeypatch.setattr(file_digests, "RACY_SECONDS", 0)
     folder, kept = write_texts(tmp_path / "t", ["one", "two"]), tmp_path / "new" / "digests.json"
     time.sleep(0.02)  # time stamps of files are a few milliseconds coarse
     first = Corpus(section([folder]), digests=kept)
@@ -416,7 +415,7 @@ def test_untouched_files_are_not_read_again(tmp_path, hashed, monkeypatch):
 
 
 def test_a_change_is_seen_though_size_and_time_are_put_back(tmp_path, hashed, monkeypatch):
-    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 0)
+    monkeypatch.setattr(file_digests, "RACY_SECONDS", 0)
     folder, kept = write_texts(tmp_path / "t", ["one", "two"]), tmp_path / "digests.json"
     time.sleep(0.02)
     before = Corpus(section([folder]), digests=kept).fingerprint
@@ -431,8 +430,8 @@ def test_a_change_is_seen_though_size_and_time_are_put_back(tmp_path, hashed, mo
 
 
 def test_files_changed_a_moment_ago_are_not_kept(tmp_path, hashed, monkeypatch):
-    assert corpus_module.RACY_SECONDS >= 2  # FAT's time stamps
-    monkeypatch.setattr(corpus_module, "RACY_SECONDS", 60)
+    assert file_digests.RACY_SECONDS >= 2  # FAT's time stamps
+    monkeypatch.setattr(file_digests, "RACY_SECONDS", 60)
     folder, kept = write_texts(tmp_path / "t", ["one"]), tmp_path / "digests.json"
     Corpus(section([folder]), digests=kept)
     assert json.loads(kept.read_text()) == {}
