@@ -20,7 +20,8 @@ from pipeline.packing import mixture
 from pipeline.recipe import InputError
 from pipeline.row_file import RowFile
 from pipeline.sections import DataSection
-from pipeline.streaming import Ring, Stream
+from pipeline.stream import Stream
+from pipeline.streaming import Ring
 from pipeline.tokenizer import token_bytes
 
 NO_LABEL = -100  # the id that PyTorch's cross-entropy ignores

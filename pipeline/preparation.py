@@ -27,8 +27,9 @@ from pipeline.row_file import RowWriter
 from pipeline.row_tables import check_enough, check_mixture, describe
 from pipeline.sections import CleaningSection, DataSection
 from pipeline.selection import Texts, benchmarks, chunks_of, dtype_of, select, write_names
+from pipeline.stream import Stream
 from pipeline.stream_beginning import GIVEN, prepare_held_out
-from pipeline.streaming import TOKENS_PER_SEGMENT, Stream
+from pipeline.streaming import TOKENS_PER_SEGMENT
 from pipeline.token_shards import TokenShard, Work, make_token_shards
 from pipeline.tokenizer import FolderTokenizer, token_bytes, tokenizer_fingerprint
 

@@ -28,6 +28,7 @@ from pipeline import (
     streaming,
     text_files,
 )
+from pipeline import stream as stream_room
 from pipeline.blocks import open_blocks
 from pipeline.corpus import Corpus, split_of
 from pipeline.preparation import prepare_blocks, stream_of
@@ -35,7 +36,8 @@ from pipeline.recipe import CleaningSection, DataSection, InputError
 from pipeline.row_file import RowFile
 from pipeline.row_order import permuted
 from pipeline.row_tables import describe, show
-from pipeline.streaming import Ring, _Source, producing
+from pipeline.stream import Source
+from pipeline.streaming import Ring, producing
 
 BLOCK, SEGMENT = 16, 32
 START = {"pass": 0, "shard": 0, "document": 0, "token": 0}
@@ -130,11 +132,11 @@ def test_the_rows_are_the_training_text_end_to_end_pass_after_pass(
     make, varied, tokenizer, monkeypatch, window, characters, seed
 ):
     monkeypatch.setattr(text_files, "WINDOW", window)
-    monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr(stream_room, "CHARACTERS_AT_ONCE", characters)
     stream = make(varied, seed=seed)
     assert len(stream.shards[0]) > 3
     count = int(2.5 * rows_in_a_pass(stream, tokenizer))
-    found = _Source(stream, 0, START).take(count)
+    found = Source(stream, 0, START).take(count)
     assert listed(found) == expected_rows(stream, tokenizer, count)
     assert found.used.tolist() == [BLOCK] * count and found.ids.dtype == np.uint16
 
@@ -144,16 +146,16 @@ def test_each_pass_has_an_order_of_its_own(make, varied, tokenizer):
     orders = [permuted(np.arange(6), 6, stream.seed, n).tolist() for n in range(4)]
     assert len(set(map(tuple, orders))) > 1
     count = rows_in_a_pass(stream, tokenizer)
-    rows = _Source(stream, 0, START).take(3 * count).ids.ravel()
+    rows = Source(stream, 0, START).take(3 * count).ids.ravel()
     assert not np.array_equal(rows[: count * BLOCK], rows[count * BLOCK : 2 * count * BLOCK])
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_taken_in_pieces_of_any_size_are_the_same(make, varied, monkeypatch, seed):
-    monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", 200)
+    monkeypatch.setattr(stream_room, "CHARACTERS_AT_ONCE", 200)
     stream, dice = make(varied), random.Random(seed)
-    expected = listed(_Source(stream, 0, START).take(600))
-    source, found = _Source(stream, 0, START), []
+    expected = listed(Source(stream, 0, START).take(600))
+    source, found = Source(stream, 0, START), []
     while len(found) < 600:
         found += listed(source.take(dice.choice([0, 1, 1, 2, 3, 17, 100])))
         if dice.random() < 0.5:
@@ -168,11 +170,11 @@ def test_from_the_bookmark_of_any_row_the_next_rows_are_the_same(
 ):
     """With rows of one token, any token may be the first."""
     monkeypatch.setattr(text_files, "WINDOW", window)
-    monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr(stream_room, "CHARACTERS_AT_ONCE", characters)
     stream = make(varied)._replace(block_size=size)
     count = int(2.3 * rows_in_a_pass(stream, tokenizer))
-    expected = listed(_Source(stream, 0, START).take(count + 40))
-    source, dice = _Source(stream, 0, START), random.Random(0)
+    expected = listed(Source(stream, 0, START).take(count + 40))
+    source, dice = Source(stream, 0, START), random.Random(0)
     marked = {*dice.sample(range(count), 24), *range(8)}
     passes = set()
     for place in range(count):
@@ -180,7 +182,7 @@ def test_from_the_bookmark_of_any_row_the_next_rows_are_the_same(
             mark = json.loads(json.dumps(source.bookmark()))
             assert sorted(mark) == sorted(START)
             passes.add(mark["pass"])
-            again = _Source(stream, 0, mark)
+            again = Source(stream, 0, mark)
             assert listed(again.take(40)) == expected[place : place + 40], (place, mark)
         assert listed(source.take(1)) == expected[place : place + 1]
     assert passes == {0, 1, 2}
@@ -191,22 +193,22 @@ def test_a_document_longer_than_many_windows_has_a_bookmark_in_it(
 ):
     folder = write_texts(tmp_path / "t", ["".join(texts)])
     monkeypatch.setattr(text_files, "WINDOW", 50)
-    monkeypatch.setattr(streaming, "CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(stream_room, "CHARACTERS_AT_ONCE", 100)
     stream = make(folder, validation_fraction=1e-9, test_fraction=0)
     count = rows_in_a_pass(stream, tokenizer) + 5
     expected = expected_rows(stream, tokenizer, count)
-    source = _Source(stream, 0, START)
+    source = Source(stream, 0, START)
     for place in range(0, count - 1, 50):
         mark = source.bookmark()
         assert mark == {"pass": 0, "shard": 0, "document": 0, "token": place * BLOCK}
-        assert listed(_Source(stream, 0, mark).take(1)) == [expected[place]]
+        assert listed(Source(stream, 0, mark).take(1)) == [expected[place]]
         source.take(50)
 
 
 @pytest.mark.parametrize("rules", [{"shortest": 300}, {"longest": 300}, {"shortest": 5}])
 def test_what_is_too_short_or_too_long_is_not_streamed(make, varied, tokenizer, rules):
     stream = make(varied, rules=rules)
-    found = listed(_Source(stream, 0, START).take(150))
+    found = listed(Source(stream, 0, START).take(150))
     rules = CleaningSection(**rules)
     assert found == expected_rows(stream, tokenizer, 150, rules=rules)
 
@@ -225,7 +227,7 @@ def test_where_the_ends_are_held_out_the_rows_are_those_prepared_beforehand(
     prepare_blocks(section, Corpus(section, rules), tokenizer, tmp_path / "b", cleaning=rules)
     rows = RowFile.open(tmp_path / "b" / "train.arrow")
     expected = [rows.row(number)[0].tolist() for number in range(len(rows))]
-    assert _Source(stream, 0, START).take(len(rows)).ids.tolist() == expected
+    assert Source(stream, 0, START).take(len(rows)).ids.tolist() == expected
 
 
 @pytest.mark.parametrize("rules", [{"shortest": 10**6}, {}])
@@ -237,7 +239,7 @@ def test_a_stream_without_training_text_is_refused_and_does_not_search_for_ever(
         (folder / "001.txt").write_text("\ufeff")
     stream = make(folder, rules=rules, validation_fraction=1e-9, test_fraction=0)
     with pytest.raises(InputError, match="the stream has no training text: check data.files"):
-        _Source(stream, 0, START)
+        Source(stream, 0, START)
 
 
 # -- several sources ------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def test_each_source_gives_its_own_text(make, two, tokenizer):
     stream = make(None, **two)
     assert [len(shards) > 1 for shards in stream.shards] == [True, True]
     for number in (0, 1):
-        found = _Source(stream, number, START).take(200)
+        found = Source(stream, number, START).take(200)
         assert listed(found) == expected_rows(stream, tokenizer, 200, number=number)
 
 
@@ -352,10 +354,10 @@ def test_any_segment_is_made_again_with_bookmarks_or_without(tmp_path, make, two
     elif what == "torn within":  # and written on after that
         bookmarks.write_text("\n".join([*lines[:3], lines[3][:9] + lines[4], *lines[5:-2]]))
     made_from = []
-    begun = streaming._Source.__init__
+    begun = streaming.Source.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            streaming._Source, "__init__",
+            streaming.Source, "__init__",
             lambda self, *args: made_from.append(args[2]) or begun(self, *args),
         )  # fmt: skip
         produce(stream, folder, 6, 6)
@@ -409,7 +411,7 @@ def test_a_stream_can_be_sent_and_its_producer_needs_no_torch(make, varied, tmp_
     code = (
         "import pickle, sys, pipeline.streaming as s;"
         f"stream = pickle.load(open({str(tmp_path / 'stream')!r}, 'rb'));"
-        "s._Source(stream, 0, dict.fromkeys(['pass', 'shard', 'document', 'token'], 0)).take(9);"
+        "s.Source(stream, 0, dict.fromkeys(['pass', 'shard', 'document', 'token'], 0)).take(9);"
         "print('torch' in sys.modules, 'transformers' in sys.modules, stream.identity)"
     )
     done = subprocess.run(
@@ -646,12 +648,12 @@ def test_a_data_set_is_the_same_streamed_and_whole(
     order = permuted(np.arange(3), 3, 0, 0)
     train = [d.text for n in order for d in read[n] if d.split == "train"]
     ids = [i for t in tokenizer(train, add_special_tokens=False)["input_ids"] for i in [*t, 0]]
-    source = _Source(stream, 0, START)
+    source = Source(stream, 0, START)
     count = len(ids) // BLOCK
     found = source.take(count - 3).ids.ravel().tolist()
     mark = source.bookmark()
     assert found == ids[: len(found)] and mark["pass"] == 0
-    rest = _Source(stream, 0, mark).take(3).ids
+    rest = Source(stream, 0, mark).take(3).ids
     assert rest.ravel().tolist() == ids[len(found) : count * BLOCK]
     assert np.array_equal(source.take(3).ids, rest)
 
@@ -695,7 +697,7 @@ def test_nothing_held_out_is_ever_trained_on(tmp_path, make, texts, tokenizer):
     section = section_of(folder, held_out_from_bytes=6000)
     prepared(tokenizer, tmp_path / "b", section)
     stream = make(folder, held_out_from_bytes=6000)
-    rows = _Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
+    rows = Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
     said = tokenizer.decode(rows.ids.ravel())
     held = [text for text in texts if split_of(text, section) != "train"]
     assert len(held) > 5 and not any(text in said for text in held)
@@ -746,7 +748,7 @@ def test_text_given_as_held_out_may_not_be_streamed(tmp_path, texts, tokenizer, 
     stream = make(folder, **values)._replace(held_out=frozenset(map(bytes.fromhex, known)))
     assert len(known) == 1
     with pytest.raises(InputError, match=r"039\.txt: this training document is also held-out"):
-        _Source(stream, 0, START).take(2000)
+        Source(stream, 0, START).take(2000)
 
 
 def test_copies_of_held_out_text_are_left_out_of_a_stream(tmp_path, texts, tokenizer, make):
@@ -757,7 +759,7 @@ def test_copies_of_held_out_text_are_left_out_of_a_stream(tmp_path, texts, token
     known = (tmp_path / "b" / stream_beginning.GIVEN).read_text().split()
     stream = make(folder, rules=rules, **values)
     stream = stream._replace(held_out=frozenset(map(bytes.fromhex, known)))
-    rows = _Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
+    rows = Source(stream, 0, START).take(2 * rows_in_a_pass(stream, tokenizer))
     assert texts[3] not in tokenizer.decode(rows.ids.ravel())
 
 
