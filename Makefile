@@ -14,7 +14,7 @@ pretrain: $(VENV)/installed
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml pipeline/pretrain.py
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n logical --maxprocesses 8 --dist loadfile
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py --kills 1000

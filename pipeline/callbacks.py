@@ -1,4 +1,4 @@
-"""What happens during training besides training: perplexity of extra texts, samples, progress."""
+"""What happens during training besides training: extra texts, samples, tasks, progress."""
 
 import logging
 import time
@@ -11,8 +11,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from pipeline.blocks import HeldOutBatches, Rows
 from pipeline.generation import continuation
-from pipeline.perplexity import score_rows
-from pipeline.sections import GenerationSection
+from pipeline.processes import Processes
+from pipeline.recipe import InputError
+from pipeline.scoring import score_rows
+from pipeline.sections import EvaluationSection, GenerationSection
+from pipeline.tasks import sentence
 
 logger = logging.getLogger(__name__)
 
@@ -20,29 +23,34 @@ LINES_SHOWN = 5  # of a sample; samples.txt has all of it
 
 
 class PerplexityCallback(TrainerCallback):
-    """Measure the perplexity of named texts at each evaluation, on the main process."""
+    """Measure the perplexity of named texts at each evaluation, all processes together."""
 
     def __init__(
         self,
         texts: dict[str, Rows],
+        processes: Processes,
         *,
         batch_size: int,
         log: Callable[[dict[str, float]], None],
         after_batch: Callable[[], None],
     ) -> None:
         """`log` is the trainer's: what it is given reaches every reporter and the history."""
-        self._after_batch = after_batch
-        self._texts = {n: HeldOutBatches(r, batch_size=batch_size) for n, r in texts.items()}
-        self._log = log
+        self._processes, self._after_batch, self._log = processes, after_batch, log
+        self._texts = {
+            name: HeldOutBatches(
+                rows, batch_size=batch_size, rank=processes.rank, world_size=processes.count
+            )
+            for name, rows in texts.items()
+        }
 
     def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
         """Score every text with the model as it is now."""
-        if state.is_world_process_zero:
-            for name, batches in self._texts.items():
-                score = score_rows(
-                    model, batches, device=args.device, after_batch=self._after_batch
-                )
-                self._log(score.as_metrics(f"eval_{name}"))
+        for name, batches in self._texts.items():
+            score = score_rows(
+                model, batches, self._processes, device=args.device,
+                after_batch=self._after_batch,
+            )  # fmt: skip
+            self._log(score.as_metrics(f"eval_{name}"))
 
 
 class SampleCallback(TrainerCallback):
@@ -78,6 +86,42 @@ class SampleCallback(TrainerCallback):
             shown = "\n".join(text.split("\n")[:LINES_SHOWN])
             self._after()
             tqdm.write(f"--- sample at update {state.global_step}\n{shown}\n---")
+
+
+class TasksCallback(TrainerCallback):
+    """Run lm-eval's tasks every so many updates; after the last they run on what is saved."""
+
+    def __init__(
+        self,
+        section: EvaluationSection,
+        *,
+        run: Callable[[list[str]], dict[str, dict[str, float]]],
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        """`run` returns the numbers of tasks in all processes, `log` is the trainer's."""
+        self._names, self._every = list(section.tasks), section.tasks_steps
+        self._run, self._log = run, log
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Run, log and show what is due; a task that cannot be run is no reason to end a run."""
+        step = state.global_step
+        if not self._names or step % self._every or step == state.max_steps:
+            return
+        found: dict[str, dict[str, float]] = {}
+        for name in list(self._names):
+            try:
+                found |= self._run([name])
+            except InputError as error:
+                self._names.remove(name)
+                logger.error("%s; the run goes on without it", error)
+        if not found:
+            return
+        due = control.should_log
+        self._log({f"eval_task_{t}_{m}": v for t in found for m, v in found[t].items()})
+        control.should_log = due  # a log takes back that the one of this update is due
+        if state.is_world_process_zero:
+            for task, numbers in found.items():
+                tqdm.write(f"update {step}/{state.max_steps}: {sentence(task, numbers)}")
 
 
 class TrainingProgressCallback(ProgressCallback):
@@ -133,7 +177,7 @@ class TrainingProgressCallback(ProgressCallback):
                     text += f", {left} left"
                 tqdm.write(f"{head}: {text}")
         for name in (n.removesuffix("_loss") for n in logs if n.endswith("_loss")):
-            if name.startswith("eval"):
+            if f"{name}_bits_per_byte" in logs:  # not a task's, whose metrics have any names
                 label = "held-out text" if name == "eval" else name.removeprefix("eval_")
                 tqdm.write(
                     f"{head}: {label}: loss {logs[f'{name}_loss']:.4f}, "

@@ -28,7 +28,7 @@ class Clock:
         self._waited, self._waited_at_log = dict.fromkeys(WAITS, 0.0), dict.fromkeys(WAITS, 0.0)
         self._started = self._updates_started = time.perf_counter()
         self._paused_at: float | None = None
-        self._left_out = 0.0
+        self._left_out = self._evaluated = 0.0
 
     @contextlib.contextmanager
     def batch(self, step: int) -> Iterator[None]:
@@ -63,6 +63,14 @@ class Clock:
             if self._paused_at is not None:
                 self._left_out += time.perf_counter() - self._paused_at
                 self._paused_at = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Measure held-out text, which is no update and is counted besides."""
+        started = time.perf_counter()
+        with self.paused():
+            yield
+        self._evaluated += time.perf_counter() - started
 
     def pause(self) -> None:
         """Stop counting updates (again: no effect)."""
@@ -105,6 +113,7 @@ class Clock:
         return {
             "train_seconds": train_seconds,
             "compile_seconds": before.get("compile_seconds", 0.0) + self.compile_seconds,
+            "evaluation_seconds": before.get("evaluation_seconds", 0.0) + self._evaluated,
             "update_seconds": seconds,
             "timed_updates": updates,
             "tokens_per_second": rate or self.rate(step),

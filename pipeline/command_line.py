@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
-from pipeline.sections import Section, Temperature
+from pipeline.sections import Section, SourceFields, Temperature
 
 # What gloo and NCCL say when the process at the other end is gone.
 CONNECTION_LOST = (
@@ -64,21 +64,77 @@ class TokenizerOptions(RecipeOptions):
     """Folder or Hub name of a tokenizer to compare with, openai-community/gpt2 for instance."""
 
 
-class MeasureOptions(Section):
+class MeasureOptions(SourceFields):
     """Options of measure_perplexity.py."""
 
-    model: str
-    """Folder or Hub name of the model and its tokenizer."""
-    files: list[str]
-    """Texts to score, in this order."""
-    errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
+    model: list[str]
+    """Folders or Hub names of the models, each with its tokenizer; several stand side by side."""
+    held_out: str | None = None
+    """Folder of a run whose held-out text is scored, instead of files or a data set."""
+    split: Literal["validation", "test"] = "validation"
+    """With held_out: which of its texts."""
+    joined: bool | None = None
+    """Score the texts laid end to end, end-of-text after each, as held-out text is in training, or
+    each by itself (default: joined, unless an option is given that only texts by themselves have).
+    """
     block_size: int | None = Field(None, ge=2)
     """Tokens in a window (default: the model's positions)."""
+    stride: int | None = Field(None, ge=1)
+    """Tokens from the start of one window to that of the next (default and at most block_size - 1);
+    the smaller, the more context every token has, and the longer it takes."""
     batch_size: int = Field(8, ge=1)
-    """Windows in one forward pass."""
+    """Windows in one forward pass; it changes no number."""
+    add_start_token: bool | None = None
+    """Texts by themselves: end-of-text before each is the context of its first token (default: yes,
+    unless the model was trained with data.attend_across false)."""
+    add_end_token: bool = False
+    """Texts by themselves: the end-of-text after each is predicted, too."""
+    packed: bool = False
+    """Texts by themselves: they share windows instead of being filled up; the same numbers."""
+    max_length: int | None = Field(None, ge=2)
+    """Texts by themselves: tokens of each after which the rest is left out."""
+    target: Literal["all", "last_word"] = "all"
+    """last_word: only the last word of each text is scored (LAMBADA)."""
+    detokenize: Literal["wikitext"] | None = None
+    """wikitext: undo WikiText's cutting into words; bytes and words stay those of the text."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of lm-eval (hellaswag,lambada_openai,...) or YAML files of your own; needs the extra
+    [tasks]."""
+    tasks_limit: int | None = Field(None, ge=1)
+    """Documents of each task (default: all)."""
     json_: str | None = Field(None, alias="json")
     """File to write the numbers to."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _at_commas(cls, values: list[str]) -> list[str]:
+        return [name for value in values for name in value.split(",") if name]
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "MeasureOptions":
+        given = [n for n in ("files", "dataset", "held_out") if getattr(self, n) is not None]
+        if len(given) > 1 or not given and not self.tasks:
+            raise ValueError(
+                "give the text by exactly one of --files, --dataset and --held_out (or --tasks "
+                "alone)"
+            )
+        if len(set(self.model)) < len(self.model):
+            raise ValueError("--model names the same model twice")
+        return self
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text to score, besides tasks."""
+        return (self.files or self.dataset or self.held_out) is not None
+
+
+class WriteReportOptions(Section):
+    """Options of write_report.py."""
+
+    runs: list[str] = Field(min_length=1)
+    """Folders of runs, finished or not; of several their comparison is written."""
+    html: str | None = None
+    """File to write (default: report.html in the run's folder; of several runs comparison.html)."""
 
 
 class GenerateOptions(Section):
@@ -235,6 +291,8 @@ def _options(options: type[Section], given: dict[str, Any]) -> Any:
         return options.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # options that contradict each other
+            raise InputError(first["msg"].removeprefix("Value error, ")) from None
         key = str(first["loc"][0])
         if first["type"] == "missing":
             raise InputError(f"--{key} is required; --help lists the options") from None

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,16 @@ def prepare_cpu() -> None:
 def device_name(device: torch.device) -> str:
     """Return what a person calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def hardware() -> dict[str, str | int]:
+    """Return processor, cores (physical ones), memory_bytes and system of this machine."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def has_bf16(device_type: str) -> bool:
@@ -98,6 +109,18 @@ def has_compiler() -> bool:
     """Tell whether torch.compile can build programs for a CPU."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _processor() -> str:
+    """Return the processor's name as its maker gives it, where the system tells it."""
+    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+            return said.stdout.strip()
+        text = Path("/proc/cpuinfo").read_text()
+        return text.split("model name")[1].split("\n")[0].strip("\t :")  # not on every ARM
+    return platform.processor() or platform.machine()
 
 
 def _threads() -> int:

@@ -131,7 +131,7 @@ def build_model(
             f"{model.config.vocab_size}; leave out tokenizer: to use the model's own"
         )
     if not attend_across:
-        _check_documents_are_apart(model)
+        check_documents_are_apart(model)
     if not attend_across or hasattr(model.config, "attend_across"):
         model.config.attend_across = attend_across
     # Stock `pipeline("text-generation")` otherwise asks for more tokens than there are positions.
@@ -143,13 +143,11 @@ def build_model(
     # block_size instead of by the block_size - 1 tokens that are predicted.
     model.loss_type = "ForCausalLM"
     model.forward = types.MethodType(_forward_with_loss_or_logits, model)
-    if model.config.activation_function == "gelu_new":  # the config goes on saying so
-        for block in model.transformer.h:
-            block.mlp.act = TanhGELU()
+    _use_fused_activation(model)
     return model
 
 
-def _check_documents_are_apart(model: GPT2LMHeadModel) -> None:
+def check_documents_are_apart(model: GPT2LMHeadModel) -> None:
     """Make the mask of two documents of two tokens, and see that the second cannot see the first.
 
     An attention function without a mask function (a fast causal kernel) gets none and would drop
@@ -160,7 +158,7 @@ def _check_documents_are_apart(model: GPT2LMHeadModel) -> None:
         return
     mask = create_causal_mask(
         config=model.config,
-        inputs_embeds=torch.zeros(1, 4, model.config.n_embd),
+        inputs_embeds=torch.zeros(1, 4, model.config.hidden_size),
         attention_mask=None,
         past_key_values=None,
         position_ids=torch.tensor([[0, 1, 0, 1]]),
@@ -203,6 +201,13 @@ def _forward_with_loss_or_logits(
     return CausalLMOutputWithCrossAttentions(loss=nats / count)
 
 
+def _use_fused_activation(model: PreTrainedModel) -> None:
+    """Take one kernel for GPT-2's activation; the config goes on saying `gelu_new`."""
+    if isinstance(model, GPT2LMHeadModel) and model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = TanhGELU()
+
+
 class TanhGELU(torch.nn.Module):
     """GPT-2's activation (`gelu_new` in its config) in one kernel instead of eight.
 
@@ -228,6 +233,7 @@ def load_model(name: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
     except Exception as error:  # network, name, file format
         raise not_loaded(name, "model", error) from None
+    _use_fused_activation(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to("mps" if torch.backends.mps.is_available() else device).eval()
 

@@ -1,50 +1,114 @@
-"""What perplexity, bits per byte and held-out loss mean here, and how they are measured.
+"""What perplexity, bits per byte, accuracy and their intervals mean here, and the metric itself.
 
-All three come from one sum: the nats (natural-log units) that the model needs for every predicted
-token. They are added up in fp64 and divided once, by the tokens that were predicted or by the
-UTF-8 bytes that those tokens stand for; no mean of batch means, no dependence on batch size.
+All follow from sums over the predicted tokens of each document: nats (natural-log units), tokens,
+those that were the most likely ones, the UTF-8 bytes and the words that they stand for. The sums
+are fp64 and divided once; no mean of batch means, no dependence on batch size.
 """
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import evaluate
-import torch
-import torch.nn.functional as F
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
 
-from pipeline.blocks import NO_LABEL, HeldOutBatches, Rows
-from pipeline.recipe import InputError
+# Enough for two digits of an interval's ends (Efron and Tibshirani 1993, chapter 13).
+RESAMPLES = 1000
+# Documents drawn in all: about two seconds. With more documents than a hundredth of it, fewer
+# resamples are drawn, which then no longer matters: the interval is narrow.
+MOST_DRAWN = 100_000_000
+FEWEST_RESAMPLES = 200
+LEVEL = 0.95
+
+# What a score's numbers are called where they stand with an interval.
+MEASURES = (
+    "perplexity", "mean_perplexity", "bits_per_byte", "nats_per_token", "word_perplexity",
+    "accuracy",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Score:
-    """The sum over a text, and the numbers that follow from it."""
+    """Sums over the predicted tokens of each document, [documents] each.
 
-    nats: float
-    tokens: int
-    bytes: int
+    Attributes:
+        nats: cross-entropy, fp64.
+        tokens: how many were predicted.
+        correct: how many of them were the most likely token.
+        bytes: UTF-8 bytes that they stand for; end-of-text stands for none.
+        words: white-space separated words of which at least a part was predicted; zeros where
+            they were not counted.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+    bytes: np.ndarray
+    words: np.ndarray
 
     @property
     def loss(self) -> float:
         """Mean cross-entropy in nats per predicted token."""
-        return self.nats / self.tokens
+        return _ratio(self.nats.sum(), self.tokens.sum())
 
     def as_metrics(self, prefix: str) -> dict[str, float]:
-        """Return loss, perplexity, bits per byte and the counts under `<prefix>_...`."""
+        """Return loss, perplexity, bits per byte, accuracy and the counts under `<prefix>_...`."""
+        tokens, size = int(self.tokens.sum()), int(self.bytes.sum())
         return {
             f"{prefix}_loss": self.loss,
             f"{prefix}_perplexity": perplexity(self.loss),
-            f"{prefix}_bits_per_byte": bits_per_byte(self.nats, self.bytes),
-            f"{prefix}_tokens": self.tokens,
-            f"{prefix}_bytes": self.bytes,
+            f"{prefix}_bits_per_byte": bits_per_byte(self.nats.sum(), size),
+            f"{prefix}_accuracy": _ratio(self.correct.sum(), tokens),
+            f"{prefix}_tokens": tokens,
+            f"{prefix}_bytes": size,
         }
+
+    def measures(self) -> dict[str, float | None]:
+        """Return `MEASURES` over all documents; None where bytes or words are none.
+
+        `mean_perplexity` is the mean of each document's perplexity, as `evaluate`'s own metric
+        averages: it hangs on how the text is cut into documents, and is there to be compared.
+        """
+        sums = np.array([field.sum() for field in self._fields()], np.float64)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            own = np.exp(self.nats[self.tokens > 0] / self.tokens[self.tokens > 0])
+            found = _measures(sums[None], np.array([own.mean()]))
+        return {name: _defined(found[name][0]) for name in MEASURES}
+
+    def intervals(self, *, seed: int = 0) -> dict[str, list[float] | None]:
+        """Return a 95 % interval [low, high] of each measure: how it might fall for other text.
+
+        Documents are drawn with replacement, as many as there are, and measured again; the
+        interval holds the middle 95 % (percentile bootstrap, Efron 1979). Fewer than two documents
+        say nothing of others: None.
+        """
+        scored = self.tokens > 0
+        count = int(scored.sum())
+        if count < 2:
+            return dict.fromkeys(MEASURES)
+        fields = np.stack([field[scored].astype(np.float64) for field in self._fields()], 1)
+        resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, MOST_DRAWN // count))
+        source = np.random.default_rng(seed)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            fields = np.column_stack([fields, np.exp(fields[:, 0] / fields[:, 1])])
+            drawn = np.stack(
+                [
+                    np.bincount(source.integers(count, size=count), minlength=count) @ fields
+                    for _ in range(resamples)
+                ]
+            )
+            found = _measures(drawn[:, :-1], drawn[:, -1] / count)
+            tail = 100 * (1 - LEVEL) / 2
+            ends = {n: np.percentile(found[n], [tail, 100 - tail]).tolist() for n in MEASURES}
+        return {n: None if np.isnan(found[n]).any() else ends[n] for n in MEASURES}
+
+    def part(self, documents: np.ndarray) -> "Score":
+        """Return the score of some of the documents."""
+        return Score(*(field[documents] for field in self._fields()))
+
+    def _fields(self) -> tuple[np.ndarray, ...]:
+        return self.nats, self.tokens, self.correct, self.bytes, self.words
 
 
 def perplexity(loss: float) -> float:
@@ -57,106 +121,34 @@ def perplexity(loss: float) -> float:
 
 def bits_per_byte(nats: float, byte_count: float) -> float:
     """Return nats / ln 2 / bytes: comparable between tokenizers, unlike perplexity."""
-    return nats / math.log(2) / byte_count
+    return _ratio(nats / math.log(2), byte_count)
 
 
-@torch.no_grad()
-def sum_nats(
-    model: torch.nn.Module,
-    batches: Iterable[dict[str, torch.Tensor]],
-    *,
-    device: torch.device | str,
-    after_batch: Callable[[], None] = lambda: None,
-) -> float:
-    """Return the nats of all labels in `batches`, as `Rows` hands them out.
+def load_metric(**options: Any) -> evaluate.Metric:
+    """Return the package's own `evaluate` metric; loading it needs no network.
 
-    The label of position t is predicted from the positions before t; labels of -100 and those at
-    position 0 are not scored. Cross-entropy per token is fp32, the sum fp64.
+    `options` are those of `evaluate.load`.
     """
-    was_training = model.training
-    model.eval()
-    nats = 0.0
-    try:
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            labels = batch["labels"].to(device)
-            logits = model(**inputs, use_cache=False).logits
-            losses = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(),
-                labels[:, 1:].flatten(),
-                ignore_index=NO_LABEL,
-                reduction="none",
-            )
-            nats += losses.cpu().double().sum().item()  # MPS has no fp64
-            after_batch()
-    finally:
-        model.train(was_training)
-    return nats
+    return evaluate.load(str(Path(__file__).parent / "metrics" / "token_perplexity"), **options)
 
 
-def score_rows(model: torch.nn.Module, batches: HeldOutBatches, **options: Any) -> Score:
-    """Return the score of a held-out split in one process; `options` as for `sum_nats`."""
-    rows = batches.dataset
-    nats = sum_nats(model, batches, **options)
-    return Score(nats=nats, tokens=rows.scored_tokens, bytes=rows.scored_bytes)
+def _measures(sums: np.ndarray, mean_perplexity: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each measure [samples] from sums [samples, 5] in the order of a score's fields."""
+    nats, tokens, correct, size, words = sums.T
+    loss = nats / tokens
+    return {
+        "perplexity": np.exp(loss),
+        "mean_perplexity": mean_perplexity,
+        "bits_per_byte": nats / math.log(2) / np.where(size, size, np.nan),
+        "nats_per_token": loss,
+        "word_perplexity": np.exp(nats / np.where(words, words, np.nan)),
+        "accuracy": correct / tokens,
+    }
 
 
-def score_texts(
-    texts: Iterable[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    block_size: int | None = None,
-    batch_size: int = 8,
-) -> Score:
-    """Return the score of texts laid end to end, every token after the first scored once.
-
-    A model that was trained with `attend_across: false` says so in its config, and is then scored
-    as it was trained: each text by itself, every token after its first.
-
-    Raises:
-        InputError: nothing to predict, a window beyond the model's positions, or a tokenizer with
-            ids that the model lacks.
-    """
-    positions = model.config.max_position_embeddings
-    if block_size is not None and block_size > positions:
-        raise InputError(f"block_size is {block_size}, but the model has {positions} positions")
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: "
-            "they do not belong together"
-        )
-    rows = Rows.held_out(
-        texts,
-        tokenizer,
-        block_size=block_size or positions,
-        attend_across=getattr(model.config, "attend_across", True),
-    )
-    batches = HeldOutBatches(rows, batch_size=batch_size)
-    with tqdm(desc="scoring", total=len(batches), delay=2, disable=None) as bar:
-        return score_rows(model, batches, device=model.device, after_batch=bar.update)
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
-def load_metric() -> evaluate.Metric:
-    """Return the package's own `evaluate` metric; loading it needs no network."""
-    return evaluate.load(str(Path(__file__).parent / "metrics" / "token_perplexity"))
-
-
-def check_target(path: str | None) -> None:
-    """Check before the work that numbers can be written to `path` without harm.
-
-    Raises:
-        InputError: its folder cannot be written to, or it holds something other than JSON.
-    """
-    if path is None:
-        return
-    target = Path(path)
-    if not os.access(target.parent, os.W_OK) or target.is_dir():
-        raise InputError(f"--json {path}: cannot be written; give a file in a folder that can")
-    if target.exists():
-        try:
-            json.loads(target.read_text())
-        except ValueError:
-            raise InputError(
-                f"--json {path}: holds something other than JSON; name another"
-            ) from None
+def _ratio(value: float, count: float) -> float:
+    return float(value) / float(count) if count else math.nan

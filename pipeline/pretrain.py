@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline.model import build_model, check_model
     from pipeline.processes import Processes
     from pipeline.run_data import obtain_run_data
+    from pipeline.tasks import check_tasks
     from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(recipe)
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = Processes(arguments)
     with run_folder.opened(recipe, options, processes) as run:
         if not run.finished:
+            processes.told(lambda: check_tasks(recipe.evaluation.tasks), patiently=True)
             warm_compiler(arguments)
             data = obtain_run_data(recipe, arguments)
             model = build_model(

@@ -3,10 +3,12 @@
 import datetime
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
@@ -45,13 +47,32 @@ class Processes:
         self._group: dist.ProcessGroup | None = None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
 
+    @classmethod
+    def launched(cls) -> "Processes":
+        """Return the processes that a launcher started together, or this one alone."""
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(
+            SimpleNamespace(process_index=state.process_index, world_size=state.num_processes)
+        )
+
+    @classmethod
+    def existing(cls) -> "Processes":
+        """Return those of the process group that there is; without one, this process alone."""
+        known = dist.is_available() and dist.is_initialized()
+        rank, count = (dist.get_rank(), dist.get_world_size()) if known else (0, 1)
+        return cls(SimpleNamespace(process_index=rank, world_size=count))
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes, prints and decides."""
         return self.rank == 0
 
-    def told(self, decide: Callable[[], T]) -> T:
+    def told(self, decide: Callable[[], T], *, patiently: bool = False) -> T:
         """Return in every process what `decide` returns in the main one.
+
+        Args:
+            patiently: the others wait for as long as it takes, up to a day; else for as long as for
+                any collective (`ddp_timeout`).
 
         Raises:
             InputError: the main process raised it; then all do.
@@ -64,7 +85,10 @@ class Processes:
                 said = [decide(), None]
             except InputError as error:
                 said = [None, str(error)]
-        broadcast_object_list(said, from_process=0)
+        if patiently:
+            dist.broadcast_object_list(said, src=0, group=self._hosts)
+        else:
+            broadcast_object_list(said, from_process=0)
         if said[1] is not None:
             raise InputError(said[1])
         return said[0]
@@ -85,13 +109,9 @@ class Processes:
         """
         if self.count == 1:
             return flag
-        if self._group is None:
-            # Of its own: a vote must not come between the device's collectives.
-            day = datetime.timedelta(days=1)  # a hang is the watchdog's business
-            self._group = dist.new_group(backend="gloo", timeout=day)
         before, vote = self._vote, torch.tensor([int(flag)])
         self._vote = (
-            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group, async_op=True),
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._hosts, async_op=True),
             vote,
         )
         if before is None:
@@ -104,3 +124,12 @@ class Processes:
         if self._vote is not None:
             self._vote[0].wait()
             self._vote = None
+
+    @property
+    def _hosts(self) -> dist.ProcessGroup:
+        """A group between the hosts; all processes ask for it first at the same place."""
+        if self._group is None:
+            # Of its own: a vote must not come between the device's collectives.
+            day = datetime.timedelta(days=1)  # a hang is the watchdog's business
+            self._group = dist.new_group(backend="gloo", timeout=day)
+        return self._group

@@ -66,7 +66,9 @@ def read_shard(shard: Shard, source: SourceSection) -> Iterator[Document]:
         name = shard.files[0][0] if shard.files else source.dataset
 
         def joined() -> Iterator[str]:
-            return (row.text for row in _read_rows(shard, source))
+            between = (source.separator_bytes or b"").decode()
+            for number, row in enumerate(_read_rows(shard, source)):
+                yield (between if number else "") + row.text
 
         yield Document(name, joined)
     else:

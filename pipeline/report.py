@@ -1,16 +1,21 @@
-"""What a person reads after the run: metrics.json, loss.png, the model card, the summary."""
+"""What a run leaves to be read: numbers and logs, page, picture and model card; the summary."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact
+from pipeline.curves import draw
+from pipeline.machine import hardware
+from pipeline.model_card import model_card
 from pipeline.recipe import Recipe
-from pipeline.run_folder import METRICS
+from pipeline.report_page import run_page
+from pipeline.report_parts import made_from
+from pipeline.run_folder import HISTORY, METRICS, PAGE, PICTURE
+from pipeline.run_record import read_run
 from pipeline.tokenizer import tokenizer_fingerprint
 
 
@@ -21,120 +26,42 @@ def write_report(
     history: list[dict[str, float]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write metrics.json, loss.png and the model card into the run folder.
+    """Write metrics.json and history.json, and from the run folder alone page, picture and card.
 
     Raises:
         InputError: the disk is full.
     """
     folder = recipe.output_dir
     blocks = artifact.read_manifest(recipe.blocks_dir)
-    metrics = metrics | {
-        "eval_documents": blocks["facts"]["validation"]["documents"],
-        "data_fingerprint": artifact.fingerprint(recipe.blocks_dir),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "versions": artifact.versions(),
-        "git_commit": artifact.git_commit(),
-        "sample": sample,
-    }
+    documents = {"eval_documents": blocks["facts"]["validation"]["documents"]}
+    metrics = (
+        documents
+        | metrics
+        | {
+            "data_fingerprint": artifact.fingerprint(recipe.blocks_dir),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "versions": artifact.versions(),
+            "git_commit": artifact.git_commit(),
+            "hardware": hardware(),
+            "sample": sample,
+        }
+    )
     with artifact.full_disk_said(folder):
-        draw_loss(history, folder / "loss.png")
-        artifact.write_whole(folder / "README.md", model_card(recipe, metrics))
+        artifact.write_whole(folder / HISTORY, _json_lines(history))
         text = json.dumps(metrics, indent=1, ensure_ascii=False)
         artifact.write_whole(folder / METRICS, text, synced=True)
-
-
-def draw_loss(history: list[dict[str, float]], path: Path) -> None:
-    """Draw training and held-out loss over tokens, with the learning rate on a second axis."""
-    training = [h for h in history if "loss" in h]
-    held_out = [h for h in history if "eval_loss" in h]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(
-        [h["tokens_seen"] for h in training],
-        [h["loss"] for h in training],
-        color="tab:blue", linewidth=1, marker="." if len(training) < 20 else None,
-        label="training loss",
-    )  # fmt: skip
-    axes.plot(
-        [h["tokens_seen"] for h in held_out],
-        [h["eval_loss"] for h in held_out],
-        color="tab:orange", marker="o", markersize=4, label="held-out loss",
-    )  # fmt: skip
-    axes.set(xlabel="tokens", ylabel="nats per token")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.3)
-    rate = axes.twinx()
-    rate.plot(
-        [h["tokens_seen"] for h in training],
-        [h["learning_rate"] for h in training],
-        color="tab:gray", linewidth=1, linestyle="--", marker="." if len(training) < 20 else None,
-        label="learning rate",
-    )  # fmt: skip
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    """Return the model card, its numbers in the Hub's model-index form."""
-    source = _source(recipe)
-    name = recipe.output_dir.resolve().name
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=recipe.data.dataset or "text",
-            dataset_name=source,
-            dataset_split=split,
-            metric_type=metric,
-            metric_value=round(metrics[f"{key}_{metric}"], 4),
-        )
-        for key, split in (("eval", "validation"), ("test", "test"))
-        for metric in ("loss", "perplexity", "bits_per_byte")
-        if f"{key}_{metric}" in metrics
-    ]
-    data = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "pretraining"],
-        base_model=recipe.model.pretrained,
-        datasets=[recipe.data.dataset] if recipe.data.dataset else None,
-        eval_results=results,
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{_made_from(recipe, metrics)}
-
-| | validation | test |
-|---|---|---|
-{_card_rows(metrics)}
-
-{metrics["train_tokens"]:,} training tokens in {metrics["train_seconds"]:.0f} s
-({metrics["train_tokens_per_second"]:,.0f} tokens/s, {metrics["world_size"]} process(es),
-{metrics["precision"]}). Held-out numbers are of these saved weights in fp32, every token of the
-held-out text after the first predicted once; bits per byte can be compared between tokenizers,
-perplexity cannot.
-
-![training and held-out loss](loss.png)
-
-```python
-from transformers import pipeline
-write = pipeline("text-generation", "path/to/{name}")
-print(write({_sample_prompt(recipe)!r})[0]["generated_text"])
-```
-
-`config.yaml` repeats the run; `metrics.json` has every number, versions and fingerprints.
-"""
+        record = read_run(folder)
+        draw(record.panels, folder / PICTURE)
+        card = model_card(record, base_model=_hub_name(recipe.model.pretrained))
+        artifact.write_whole(folder / "README.md", card)
+        artifact.write_whole(folder / PAGE, run_page(record))
 
 
 def summary(recipe: Recipe) -> str:
     """Return what a person wants to know when the run has ended, from its run folder."""
     folder = recipe.output_dir
-    metrics = json.loads((folder / METRICS).read_text())
+    record = read_run(folder)
+    metrics = record.metrics
 
     def both(key: str, form: str) -> str:
         test = (
@@ -143,7 +70,7 @@ def summary(recipe: Recipe) -> str:
         return format(metrics[f"eval_{key}"], form) + test
 
     lines = [
-        _made_from(recipe, metrics),
+        made_from(record),
         "",
         f"held-out loss  {both('loss', '.4f')} nats per token",
         f"perplexity     {both('perplexity', '.2f')}",
@@ -161,46 +88,26 @@ def summary(recipe: Recipe) -> str:
         )
     if metrics["sample"]:
         lines += ["", "It writes:", *(f"    {line}" for line in metrics["sample"].split("\n"))]
+    prompts = recipe.generation.prompts or ["The "]
+    wrote = [PAGE, METRICS, "samples.txt", "README.md", "config.yaml"]
     lines += [
         "",
-        f"In {folder}: the model (from_pretrained opens the folder), metrics.json, loss.png, "
-        f"{'samples.txt, ' if (folder / 'samples.txt').exists() else ''}README.md, config.yaml",
-        f"Go on: python pipeline/generate.py --model {folder} --prompt {_sample_prompt(recipe)!r}",
+        f"In {folder}: the model (from_pretrained opens the folder), "
+        f"{', '.join(name for name in wrote if (folder / name).exists())}",
+        f"Go on: python pipeline/generate.py --model {folder} --prompt {prompts[0]!r}",
     ]
     return "\n".join(lines)
 
 
-def _made_from(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    source = _source(recipe)
-    origin = f"from {recipe.model.pretrained}" if recipe.model.pretrained else "from scratch"
-    return (
-        f"GPT-2 with {metrics['parameters']:,} parameters, {origin}, trained on "
-        f"{metrics['train_bytes']:,} bytes of {source}; held out: {metrics['eval_bytes']:,} bytes "
-        f"({metrics['eval_documents']} document(s)) for validation, "
-        f"{metrics.get('test_bytes', 0):,} for the test"
+def _json_lines(history: list[dict[str, Any]]) -> str:
+    """Return a JSON list, a log on each line; JSON knows no NaN and no infinity: null instead."""
+    logs = (
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in log.items()}
+        for log in history
     )
+    return "[\n" + ",\n".join(map(json.dumps, logs)) + "\n]"
 
 
-def _source(recipe: Recipe) -> str:
-    """Name the text; of a file only its name, for the card is meant to be published."""
-    names = []
-    for source in recipe.data.all_sources:
-        files = ", ".join(Path(file).name for file in source.files or [])
-        names.append(source.name or files or source.dataset)
-    return ", ".join(names)
-
-
-def _card_rows(metrics: dict[str, Any]) -> str:
-    labels = {"loss": "loss (nats per token)", "perplexity": "perplexity"}
-    labels["bits_per_byte"] = "bits per byte"
-    rows = []
-    for key, label in labels.items():
-        test = metrics.get(f"test_{key}")
-        rows.append(
-            f"| {label} | {metrics[f'eval_{key}']:.4f} | {f'{test:.4f}' if test else '-'} |"
-        )
-    return "\n".join(rows)
-
-
-def _sample_prompt(recipe: Recipe) -> str:
-    return recipe.generation.prompts[0] if recipe.generation.prompts else "The "
+def _hub_name(pretrained: str | None) -> str | None:
+    """Return the Hub name of the model that a run goes on from, None for a folder."""
+    return None if pretrained is None or Path(pretrained).exists() else pretrained

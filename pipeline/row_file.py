@@ -109,6 +109,18 @@ class RowFile:
         starts = batch.starts[batch.offsets[index] : batch.offsets[index + 1]]
         return batch.ids[index], starts, int(batch.used[index])
 
+    def documents_before(self, stride: int) -> np.ndarray:
+        """Return how many documents begin before each row, and in all, int64 [rows + 1].
+
+        The rows begin every `stride` tokens of one stream: what begins in a later column begins
+        in the next row, too.
+        """
+        counts = []
+        for batch in self._batches:
+            own = np.append(0, np.cumsum(batch.starts < stride))
+            counts.append(own[batch.offsets[1:]] - own[batch.offsets[:-1]])
+        return np.append(0, np.cumsum(np.concatenate(counts)))
+
     def documents_of(self, index: int) -> list[np.ndarray]:
         """Return the ids of a row, document by document, without what is filled up."""
         ids, starts, used = self.row(index)

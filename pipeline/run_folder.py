@@ -32,14 +32,18 @@ logger = logging.getLogger(__name__)
 STATUS = "run_status.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+HISTORY = "history.json"
+PAGE = "report.html"
+PICTURE = "curves.png"
 
 # A process that was asked to stop writes that down before its connections break, or soon after.
 SECONDS_FOR_A_WORD = 2.0
 
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
-    STATUS, CONFIG, METRICS, "config.json", "generation_config.json", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "README.md", "loss.png", "samples.txt",
+    STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "samples.txt",
+    "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 
 

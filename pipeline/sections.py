@@ -5,7 +5,7 @@ Each is named after the room that reads it; a room receives its own section and 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 
@@ -72,7 +72,8 @@ class SourceFields(Section):
     """What stands between the documents of a text file (default: a file is one document); \\n and
     \\t are read as line feed and tab."""
     join_rows: bool = False
-    """The rows of a table are pieces of one text, to be joined as they are (WikiText's lines)."""
+    """The rows of a table are pieces of one text (WikiText's lines), to be joined by the separator,
+    if there is one."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes or characters that are not Unicode text: stop and name them, or put U+FFFD there."""
 
@@ -80,12 +81,6 @@ class SourceFields(Section):
     @classmethod
     def _one_file_is_a_list(cls, values: Any) -> Any:
         return _listed(values, "files")
-
-    @model_validator(mode="after")
-    def _rows_have_no_separator(self) -> "SourceFields":
-        if self.join_rows and self.separator is not None:
-            raise ValueError("data.join_rows is for tables, data.separator for text files")
-        return self
 
     @property
     def separator_bytes(self) -> bytes | None:
@@ -331,12 +326,40 @@ class EvaluationSection(Section):
     """What is measured besides the held-out loss."""
 
     texts: dict[str, str] = Field(default_factory=dict)
-    """Perplexity of extra texts at each evaluation, as name: file."""
+    """Perplexity of extra texts at each evaluation, as name: file (text, table or folder)."""
     tokens: int | None = Field(None, ge=2)
-    """Held-out tokens scored at each evaluation while training (default: all; the final numbers
-    always use all)."""
+    """Held-out tokens scored at each evaluation while training, and of each of evaluation.texts
+    (default: all; the final numbers always use all)."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better held-out loss."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks that lm-eval runs while training (hellaswag,lambada_openai,...), or YAML files of your
+    own; needs the extra [tasks]."""
+    tasks_steps: int | None = Field(None, ge=1)
+    """Run them each time after this many updates, and at the end on the saved model."""
+    tasks_limit: int | None = Field(None, ge=1)
+    """Documents of each task (default: all)."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tasks_at_commas(cls, values: Any) -> Any:
+        listed = values.split(",") if isinstance(values, str) else values
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            return listed  # the type is wrong, and pydantic says so
+        names = [name.strip() for value in listed for name in value.split(",")]
+        return [name for name in names if name]
+
+    @model_validator(mode="after")
+    def _tasks_at_some_time(self) -> "EvaluationSection":
+        if self.tasks and self.tasks_steps is None:
+            raise ValueError(
+                "evaluation.tasks needs evaluation.tasks_steps: the updates after which they run "
+                "each time"
+            )
+        for name in ("tasks_steps", "tasks_limit"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(f"evaluation.{name} has a meaning with evaluation.tasks only")
+        return self
 
 
 class GenerationSection(Section):

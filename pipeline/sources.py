@@ -123,12 +123,12 @@ def _found(item: str) -> list[tuple[str, Path]]:
         remedy = f"for other files give a pattern, such as '{item}/**/*.md'"
     elif path.exists():
         if path.stat().st_size == 0:
-            raise InputError(f"{item}: the file is empty; there is nothing to train on")
+            raise InputError(f"{item}: the file is empty; give one with text")
         found = [path]
     else:
         found = [Path(p) for p in sorted(glob.glob(item, recursive=True))]
         found = [p for p in found if p.is_file()]
-        remedy = f"looked in {Path.cwd()}; check data.files"
+        remedy = f"looked in {Path.cwd()}"
     if not found:
         kind = "no .txt, .jsonl, .csv or .parquet in this folder"
         raise InputError(f"{item}: {kind if path.is_dir() else 'no such file'}; {remedy}")

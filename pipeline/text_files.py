@@ -35,23 +35,6 @@ def read_text(path: Path, *, errors: str = "strict") -> str:
         return "".join(text_windows(str(path), errors))
 
 
-def read_files(names: list[str], *, errors: str = "strict") -> list[str]:
-    """Return the texts of files in the order given.
-
-    Raises:
-        InputError: a file is missing, empty, or not UTF-8.
-    """
-    texts = []
-    for name in names:
-        if not Path(name).is_file():
-            kind = "a folder; name the files in it" if Path(name).is_dir() else "no such file"
-            raise InputError(f"{name}: {kind}; looked in {Path.cwd()}")
-        texts.append(read_text(Path(name), errors=errors))
-        if not texts[-1]:
-            raise InputError(f"{name}: the file is empty; there is nothing to score")
-    return texts
-
-
 def safe_windows(windows: Iterator[str], name: str) -> Iterator[str]:
     """Yield the same text in pieces of at most `WINDOW` characters that tokenise as the whole does.
 

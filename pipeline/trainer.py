@@ -4,10 +4,12 @@ What stays Trainer's: the loop, devices, mixed precision, clipping, reporters. W
 and why stands at each method.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import artifact
 from pipeline.blocks import HeldOutBatches, Rows, collate
-from pipeline.callbacks import PerplexityCallback, SampleCallback, TrainingProgressCallback
+from pipeline.callbacks import (
+    PerplexityCallback,
+    SampleCallback,
+    TasksCallback,
+    TrainingProgressCallback,
+)
+from pipeline.corpus import named_text
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
 from pipeline.meters import Meter, flops_per_token
@@ -33,10 +41,11 @@ from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
-from pipeline.results import measured, score
+from pipeline.results import measured, measured_tasks
 from pipeline.resumable import ResumableTrainer
 from pipeline.saving import SAMPLES
-from pipeline.text_files import read_text
+from pipeline.scoring import score_rows
+from pipeline.tasks import check_tasks, run_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -70,6 +79,7 @@ class PretrainingTrainer(ResumableTrainer):
         held_out = blocks["validation"]
         if recipe.evaluation.tokens is not None:
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
+        self._texts = _named_texts(recipe, tokenizer)
         self._has_warned = self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
         flops = flops_per_token(  # before anything shards the weights
@@ -133,6 +143,11 @@ class PretrainingTrainer(ResumableTrainer):
                 self.recipe, self.args, self._processes, blocks, self.processing_class,
                 after_batch=functools.partial(self._watchdog.beat, "the final measuring"),
             )  # fmt: skip
+        if self.recipe.evaluation.tasks:  # the others wait for as long as it takes
+            metrics["tasks"] = self._processes.told(
+                lambda: measured_tasks(self.recipe, self.args, self.processing_class),
+                patiently=True,
+            )
         metrics |= {
             "updates": self.state.global_step,
             "train_tokens": self._tokens_seen,
@@ -143,6 +158,7 @@ class PretrainingTrainer(ResumableTrainer):
             "product_rate_flops": self._meter.product_rate,
             "data_wait_fraction": self._spent["data_wait_fraction"],
             "logging_fraction": self._spent["logging_fraction"],
+            "evaluation_seconds": self._spent["evaluation_seconds"],
             "train_bytes": round(self._tokens_seen * self._bytes_per_token)
             if blocks["train"].is_stream
             else blocks["train"].bytes,
@@ -223,7 +239,7 @@ class PretrainingTrainer(ResumableTrainer):
 
         self.callback_handler.eval_dataloader = dataloader
         # The plain model: autocast as in training, but no second compilation for evaluation.
-        found = score(
+        found = score_rows(
             self.model, dataloader, self._processes,
             device=self.args.device, after_batch=show_progress,
         )  # fmt: skip
@@ -236,18 +252,38 @@ class PretrainingTrainer(ResumableTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Leave the random state as it was, so that evaluating more often changes no weight."""
+        with self._aside("evaluation.tokens"), self.accelerator.autocast():
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _aside(self, remedy: str) -> Iterator[None]:
+        """Measure the plain model outside of the updates' time, the random state left as it was."""
         started, grace = time.perf_counter(), self.recipe.faults.grace_seconds
         plain = torch.compiler.set_stance("force_eager")
-        with plain, self._clock.paused(), torch.random.fork_rng(devices=self._rng_devices()):
-            metrics = super().evaluate(*args, **kwargs)
+        with plain, self._clock.evaluating(), torch.random.fork_rng(devices=self._rng_devices()):
+            yield
         if (passed := time.perf_counter() - started) > grace and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "an evaluation took %.0f s, longer than faults.grace_seconds (%g): a run that is "
-                "asked to stop in one goes back to the checkpoint before; lower evaluation.tokens",
-                passed, grace,
+                "asked to stop in one goes back to the checkpoint before; lower %s",
+                passed, grace, remedy,
             )  # fmt: skip
-        return metrics
+
+    def _run_tasks(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """Run tasks in the main process; the others wait for as long as it takes."""
+        self._beat()
+        is_main = self._processes.is_main
+        awaited = contextlib.nullcontext() if is_main else self._watchdog.paused()
+        with self._aside("evaluation.tasks_limit"), awaited:
+            return self._processes.told(
+                lambda: run_tasks(
+                    self.model, self.processing_class, names,
+                    batch_size=self.args.eval_batch_size,
+                    limit=self.recipe.evaluation.tasks_limit, after_batch=self._beat,
+                ),
+                patiently=True,
+            )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save what a stock `from_pretrained` should see: use_cache on, no pickled arguments."""
@@ -283,6 +319,8 @@ class PretrainingTrainer(ResumableTrainer):
         """Say what followed from the recipe, the data and the machine."""
         config, arguments, rows = self.model.config, self.args, len(self.train_dataset)
         block_size, updates = self.recipe.data.block_size, self._horizon
+        held_out = [self.eval_dataset, *self._texts.values()]
+        scored = sum(rows.scored_tokens for rows in held_out)  # a third of a training token each
         return [
             f"model: {parameter_count(self.model):,} parameters, vocabulary {config.vocab_size:,}, "
             f"{config.n_positions:,} positions, end-of-text is id {config.eos_token_id}",
@@ -296,6 +334,9 @@ class PretrainingTrainer(ResumableTrainer):
                 if self.train_dataset.is_stream
                 else f"{updates * self._rows_per_update / rows:.2f} times the training text"
             ),
+            f"evaluation: {self.eval_dataset.scored_tokens:,} held-out tokens"
+            + "".join(f", {rows.scored_tokens:,} of {name}" for name, rows in self._texts.items())
+            + f" = {scored / self.recipe.tokens_per_update / 3:.1f} updates' worth of products",
             f"machine: {device_name(arguments.device)}, {torch.get_num_threads()} threads, "
             f"{self.recipe.precision}, {'' if arguments.torch_compile else 'not '}compiled"
             + (" (the first update takes longer)" if arguments.torch_compile else ""),
@@ -308,19 +349,11 @@ class PretrainingTrainer(ResumableTrainer):
         section, arguments = self.recipe.evaluation, self.args
         self.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingProgressCallback())
-        if section.texts:
-            texts = {
-                name: Rows.held_out(
-                    [read_text(Path(file), errors=self.recipe.data.errors)],
-                    tokenizer,
-                    block_size=self.recipe.data.block_size,
-                    attend_across=self.recipe.data.attend_across,
-                )
-                for name, file in section.texts.items()
-            }
+        if self._texts:
             self.add_callback(
                 PerplexityCallback(
-                    texts,
+                    self._texts,
+                    self._processes,
                     batch_size=arguments.eval_batch_size,
                     log=self.log,
                     after_batch=self._beat,
@@ -329,5 +362,30 @@ class PretrainingTrainer(ResumableTrainer):
         if self.recipe.generation.prompts:
             samples, written = Path(arguments.output_dir) / SAMPLES, self.recipe.generation
             self.add_callback(SampleCallback(written, tokenizer, samples, after=self._beat))
+        if section.tasks:
+            if self._is_sharded:
+                raise InputError(
+                    "evaluation.tasks: one process needs the whole model, and the accelerate "
+                    "config shards it (FSDP or DeepSpeed); leave it out, or use "
+                    "accelerate_configs/ddp.yaml"
+                )
+            positions = self.model.config.n_positions
+            self._processes.told(
+                lambda: check_tasks(section.tasks, positions=positions), patiently=True
+            )
+            self.add_callback(TasksCallback(section, run=self._run_tasks, log=self.log))
         if section.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(section.early_stopping_patience))
+
+
+def _named_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+    """Return the rows of `evaluation.texts`, no more of each than of the held-out text."""
+    section, data = recipe.evaluation, recipe.data
+    texts = {}
+    for name, file in section.texts.items():
+        rows = Rows.held_out(
+            named_text(file, errors=data.errors), tokenizer,
+            block_size=data.block_size, attend_across=data.attend_across,
+        )  # fmt: skip
+        texts[name] = rows if section.tokens is None else rows.part(section.tokens, tokenizer)
+    return texts

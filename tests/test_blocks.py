@@ -11,10 +11,10 @@ from pipeline import packing
 from pipeline.blocks import HeldOutBatches, Rows, collate, open_blocks
 from pipeline.corpus import Corpus
 from pipeline.model import build_model
-from pipeline.perplexity import sum_nats
 from pipeline.preparation import prepare_blocks
 from pipeline.recipe import DataSection, InputError, ModelSection
 from pipeline.row_file import RowFile
+from pipeline.scoring import sum_scores
 
 BLOCK = 16
 
@@ -327,11 +327,12 @@ def packed(phrases, tokenizer, folder, attend_across):
 
 
 def nats_in_row(model, rows, index, first, stop, beside):
-    """Return what `sum_nats` adds up for the columns of one document, other rows beside its own."""
+    """Return what `sum_scores` adds up for the columns of one document, others beside it."""
     batch = batch_of(rows, [index, *beside])
     labels = torch.full_like(batch["labels"], -100)
     labels[0, first:stop] = batch["labels"][0, first:stop]
-    return sum_nats(model, [batch | {"labels": labels}], device="cpu")
+    batches = [batch | {"labels": labels}]
+    return sum_scores(model, batches, device="cpu").nats.sum()
 
 
 def test_apart_a_document_between_strangers_costs_what_it_costs_alone(
@@ -355,7 +356,7 @@ def test_apart_a_document_between_strangers_costs_what_it_costs_alone(
         for index, first, stop in places
     )
     batches = [batch_of(rows, [i]) for i in range(len(rows))]
-    assert sum_nats(model, batches, device="cpu") == pytest.approx(each, rel=1e-6)
+    assert sum_scores(model, batches, device="cpu").nats.sum() == pytest.approx(each, rel=1e-6)
     labels = torch.cat([batch["labels"][:, 1:] for batch in batches])
     assert (labels != -100).sum() == sum(stop - first - 1 for _, first, stop in places)
 

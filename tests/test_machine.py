@@ -263,3 +263,30 @@ def test_a_device_has_a_name(monkeypatch):
     assert machine.device_name(torch.device("cpu")) == "cpu"
     assert machine.device_name(torch.device("mps")) == "mps"
     assert machine.device_name(torch.device("cuda:3")) == "GPU 3"
+
+
+def test_the_hardware_is_named():
+    found = machine.hardware()
+    assert found["processor"] and found["cores"] >= 1 and found["memory_bytes"] > 1e8
+    assert platform.system() in found["system"]
+
+
+@pytest.mark.parametrize(
+    ("system", "text", "name"),
+    [
+        (
+            "linux",
+            "processor : 0\nmodel name\t: A Processor @ 2 GHz\nstepping : 1\n",
+            "A Processor",
+        ),
+        ("linux", "CPU implementer : 0x41\n", "by platform"),  # as many ARM machines say
+        ("darwin", "Apple M3\n", "Apple M3"),
+    ],
+)
+def test_a_processor_s_name_is_its_maker_s(monkeypatch, system, text, name):
+    said = subprocess.CompletedProcess([], 0, stdout=text)
+    monkeypatch.setattr(machine.sys, "platform", system)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *given, **options: said)
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "by platform")
+    assert machine.hardware()["processor"].startswith(name)

@@ -1,87 +1,18 @@
-"""Nats, perplexity and bits per byte, against sums made another way."""
+"""What the numbers mean: arithmetic by table, intervals against brute force."""
 
-import copy
+import json
 import math
 
+import numpy as np
 import pytest
-import torch
 
-from pipeline.blocks import HeldOutBatches, Rows
-from pipeline.model import build_model
-from pipeline.perplexity import (
-    Score,
-    bits_per_byte,
-    check_target,
-    load_metric,
-    perplexity,
-    score_rows,
-    score_texts,
-    sum_nats,
-)
-from pipeline.recipe import InputError, ModelSection
-from pipeline.tokenizer import train_tokenizer
+from pipeline.perplexity import MEASURES, Score, bits_per_byte, perplexity
 
 
-@pytest.fixture
-def model(tiny_model):
-    """A model that is wrong in different ways at different tokens; a fresh one is wrong evenly."""
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=source)
-    return tiny_model
-
-
-@pytest.fixture
-def beginnings(texts):
-    """Beginnings of the session's documents: enough windows, and quick to score one by one."""
-    return [text[:200] for text in texts]
-
-
-def stream_of(texts, tokenizer):
-    ids = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return ids
-
-
-def oracle_nats(model, stream, block_size):
-    """Return the nats of each token after the first, in fp64, window by window."""
-    model = copy.deepcopy(model).double().eval()
-    nats = []
-    with torch.no_grad():
-        for start in range(0, len(stream) - 1, block_size - 1):
-            window = torch.tensor([stream[start : start + block_size]])
-            logs = torch.log_softmax(model(window).logits[0], -1)
-            nats += [-logs[place, token].item() for place, token in enumerate(window[0, 1:])]
-    assert len(nats) == len(stream) - 1
-    return nats
-
-
-def oracle_nats_apart(model, texts, tokenizer, block_size):
-    """Return the nats of each text's tokens after its first, of which no other text is a context.
-
-    Windows lie as over the stream of all texts; what a window holds of a text is run by itself.
-    """
-    model = copy.deepcopy(model).double().eval()
-    nats, begin = [], 0
-    step = block_size - 1
-    for text in texts:
-        ids = stream_of([text], tokenizer)
-        places = range(begin, begin + len(ids))
-        for window in range(begin // step, places[-1] // step + 1):
-            inside = [p for p in places if window * step <= p <= (window + 1) * step]
-            piece = [ids[p - begin] for p in inside]
-            if len(piece) > 1:
-                with torch.no_grad():
-                    logs = model(torch.tensor([piece])).logits[0].log_softmax(-1)
-                nats += [-logs[place, token].item() for place, token in enumerate(piece[1:])]
-        begin += len(ids)
-    assert len(nats) == len(stream_of(texts, tokenizer)) - len(texts)
-    return nats
-
-
-# -- arithmetic -----------------------------------------------------------------------------------
+def score_of(nats, tokens, correct=None, size=None, words=None):
+    count = len(nats)
+    given = [correct or [0] * count, size or [1] * count, words or [1] * count]
+    return Score(np.array(nats, float), np.array(tokens), *(np.array(each) for each in given))
 
 
 @pytest.mark.parametrize(
@@ -99,226 +30,106 @@ def test_perplexity(loss, value):
 def test_bits_per_byte(nats, count, bits):
     assert bits_per_byte(nats, count) == pytest.approx(bits, rel=1e-12)
     assert bits_per_byte(2 * nats, 2 * count) == pytest.approx(bits, rel=1e-12)
+    assert math.isnan(bits_per_byte(nats, 0))
 
 
-def test_score_names_its_numbers():
-    metrics = Score(nats=20 * math.log(4), tokens=20, bytes=80).as_metrics("held_out")
-    assert metrics == {
+def test_a_score_names_its_numbers():
+    score = score_of([20 * math.log(4), 0], [15, 5], [3, 2], [60, 20])
+    assert score.as_metrics("held_out") == {
         "held_out_loss": pytest.approx(math.log(4)),
         "held_out_perplexity": pytest.approx(4),
         "held_out_bits_per_byte": pytest.approx(0.5),
+        "held_out_accuracy": 0.25,
         "held_out_tokens": 20,
         "held_out_bytes": 80,
     }
 
 
-# -- the sum --------------------------------------------------------------------------------------
+def test_measures_are_of_the_corpus_and_the_mean_is_of_the_texts():
+    """One long easy text and one short hard one: the corpus is not the mean of the two."""
+    score = score_of([100 * math.log(2), 2 * math.log(32)], [100, 2], [90, 0], [400, 8], [50, 1])
+    found = score.measures()
+    nats = 110 * math.log(2)
+    assert found == {
+        "perplexity": pytest.approx(2 ** (110 / 102)),
+        "mean_perplexity": pytest.approx((2 + 32) / 2),
+        "bits_per_byte": pytest.approx(110 / 408),
+        "nats_per_token": pytest.approx(nats / 102),
+        "word_perplexity": pytest.approx(2 ** (110 / 51)),
+        "accuracy": pytest.approx(90 / 102),
+    }
+    assert tuple(found) == MEASURES
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("block_size", [2, 7, 16])
-def test_sum_nats_equals_an_independent_sum(model, tokenizer, beginnings, batch_size, block_size):
-    texts = beginnings[: 1 if block_size == 2 else 6]
-    rows = Rows.held_out(texts, tokenizer, block_size=block_size)
-    nats = sum_nats(model, HeldOutBatches(rows, batch_size=batch_size), device="cpu")
-    expected = math.fsum(oracle_nats(model, stream_of(texts, tokenizer), block_size))
-    assert nats == pytest.approx(expected, rel=1e-6)
-    # Otherwise any window would give about the same and the test would show little.
-    assert nats / rows.scored_tokens > 1.05 * math.log(len(tokenizer))
+def test_texts_in_which_nothing_is_predicted_do_not_count():
+    some = score_of([1.0, 0, 2.0, 0], [3, 0, 4, 0], size=[5, 0, 6, 0], words=[1, 0, 2, 0])
+    only = score_of([1.0, 2.0], [3, 4], size=[5, 6], words=[1, 2])
+    assert some.measures() == only.measures()
+    assert some.intervals() == only.intervals()
 
 
-def test_processes_together_sum_to_the_same(model, tokenizer, beginnings):
-    rows = Rows.held_out(beginnings[:8], tokenizer, block_size=16)
-    expected = math.fsum(oracle_nats(model, stream_of(beginnings[:8], tokenizer), 16))
-    for world_size in (2, 3):
-        shares = [
-            sum_nats(
-                model,
-                HeldOutBatches(rows, batch_size=3, rank=rank, world_size=world_size),
-                device="cpu",
-            )
-            for rank in range(world_size)
+def test_what_cannot_be_said_is_none_and_no_nan():
+    found = score_of([1.0, 2.0], [3, 4], size=[0, 0], words=[0, 0])
+    assert found.measures()["bits_per_byte"] is None
+    assert found.measures()["word_perplexity"] is None
+    assert found.intervals()["word_perplexity"] is None
+    assert found.intervals()["perplexity"] is not None
+    json.dumps([found.measures(), found.intervals()], allow_nan=False)
+
+
+def test_a_model_that_has_diverged_has_an_infinite_perplexity():
+    found = score_of([9000.0, 9000.0], [3, 4])
+    assert found.measures()["perplexity"] == math.inf
+    assert found.measures()["nats_per_token"] == pytest.approx(18000 / 7)
+    found.intervals()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_document_says_nothing_of_others(count):
+    found = score_of([1.0] * count + [0.0], [2] * count + [0]).intervals()
+    assert found == dict.fromkeys(MEASURES)
+
+
+def test_intervals_equal_those_of_resampling_document_by_document():
+    """The same resamples, each measured as a score of its own."""
+    source = np.random.default_rng(5)
+    count = 30
+    tokens = source.integers(5, 200, count)
+    nats = tokens * source.gamma(9, 0.3, count)
+    fields = [nats, tokens, source.binomial(tokens, 0.3), tokens * 4, tokens // 2 + 1]
+    score = Score(*fields)
+    found = score.intervals(seed=3)
+    again = np.random.default_rng(3)
+    drawn = []
+    for _ in range(1000):
+        chosen = again.integers(count, size=count)
+        drawn.append(Score(*(field[chosen] for field in fields)).measures())
+    for name in MEASURES:
+        expected = np.percentile([measures[name] for measures in drawn], [2.5, 97.5])
+        assert found[name] == pytest.approx(expected.tolist(), rel=1e-9)
+    assert found == score.intervals(seed=3) != score.intervals(seed=4)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """200 corpora of 60 documents from one population, of which the loss per token is known."""
+    source = np.random.default_rng(0)
+    held = 0
+    for number in range(200):
+        tokens = source.integers(20, 400, 60)
+        nats = tokens * source.normal(3.0, 0.5, 60)  # 3 nats per token, whatever the length
+        low, high = Score(nats, tokens, tokens, tokens, tokens).intervals(seed=number)[
+            "nats_per_token"
         ]
-        assert math.fsum(shares) == pytest.approx(expected, rel=1e-6)
+        held += low <= 3.0 <= high
+    # 190 are wanted; of 200 with a chance of 0.93 each (a bootstrap of 60 is a little narrow) fewer
+    # than 175 come once in 1,000 times.
+    assert 175 <= held <= 200
 
 
-def test_masked_labels_and_the_first_position_do_not_count(model, tokenizer):
-    source = torch.Generator().manual_seed(1)
-    ids = torch.randint(len(tokenizer), (4, 16), generator=source)
-    labels = ids.clone()
-    labels[torch.rand(labels.shape, generator=source) < 0.4] = -100
-    with torch.no_grad():
-        logs = copy.deepcopy(model).double()(ids).logits.log_softmax(-1)
-    expected = -sum(
-        logs[row, place - 1, ids[row, place]].item()
-        for row in range(4)
-        for place in range(1, 16)
-        if labels[row, place] != -100
-    )
-    batch = {"input_ids": ids, "labels": labels}
-    assert sum_nats(model, [batch], device="cpu") == pytest.approx(expected, rel=1e-6)
-    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-    assert sum_nats(model, [nothing], device="cpu") == 0
-    assert sum_nats(model, [batch, nothing, batch], device="cpu") == pytest.approx(
-        2 * expected, rel=1e-6
-    )
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_the_mode_it_was_in(tokenizer, beginnings, training):
-    config = {"n_layer": 1, "n_head": 2, "n_embd": 32, "resid_pdrop": 0.5}
-    model = build_model(ModelSection(config=config), tokenizer, block_size=16, seed=0)
-    model.train(training)
-    rows = Rows.held_out(beginnings[:2], tokenizer, block_size=16)
-    first, second = (
-        sum_nats(model, HeldOutBatches(rows, batch_size=4), device="cpu") for _ in range(2)
-    )
-    assert first == second  # dropout was off
-    assert model.training is training
-    assert all(module.training is training for module in model.modules())
-    with pytest.raises(KeyError):
-        sum_nats(model, [{}], device="cpu")
-    assert model.training is training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_after_each_batch_the_caller_is_told(model, tokenizer, beginnings):
-    batches = HeldOutBatches(Rows.held_out(beginnings[:2], tokenizer, block_size=16), batch_size=3)
-    calls = []
-    sum_nats(model, batches, device="cpu", after_batch=lambda: calls.append(1))
-    assert len(calls) == len(batches) > 1
-
-
-# -- texts ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block_size", [None, 5, 16])
-def test_score_of_texts_is_over_every_token_after_the_first(
-    model, tokenizer, beginnings, block_size
-):
-    stream = stream_of(beginnings[:5], tokenizer)
-    score = score_texts(beginnings[:5], model, tokenizer, block_size=block_size)
-    expected = math.fsum(oracle_nats(model, stream, block_size or 16))
-    assert score.nats == pytest.approx(expected, rel=1e-6)
-    assert score.tokens == len(stream) - 1
-    first = tokenizer.backend_tokenizer.id_to_token(stream[0])
-    assert score.bytes == sum(len(text.encode()) for text in beginnings[:5]) - len(first)
-    assert score.loss == pytest.approx(expected / (len(stream) - 1), rel=1e-6)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("block_size", [5, 16])
-def test_a_model_that_kept_documents_apart_is_scored_so(
-    model, tokenizer, beginnings, block_size, attention
-):
-    texts = [text[: 1 + 7 * number] for number, text in enumerate(beginnings[:12])]
-    model.set_attn_implementation(attention)
-    across = score_texts(texts, model, tokenizer, block_size=block_size)
-    model.config.attend_across = False
-    score = score_texts(texts, model, tokenizer, block_size=block_size)
-    expected = oracle_nats_apart(model, texts, tokenizer, block_size)
-    assert score.nats == pytest.approx(math.fsum(expected), rel=1e-6)
-    assert score.tokens == len(expected) == across.tokens - (len(texts) - 1)
-    firsts = [stream_of([text], tokenizer)[0] for text in texts]
-    names = [tokenizer.backend_tokenizer.id_to_token(i) for i in firsts]
-    assert score.bytes == sum(len(text.encode()) for text in texts) - sum(map(len, names))
-    assert abs(score.loss - across.loss) > 1e-3
-    alone = [
-        score_texts([text], model, tokenizer).nats
-        for text in texts
-        if len(stream_of([text], tokenizer)) <= 16
-    ]
-    mixed = [oracle_nats(model, stream_of([t], tokenizer), 16) for t in texts[: len(alone)]]
-    assert alone == pytest.approx([math.fsum(nats) for nats in mixed], rel=1e-6)
-
-
-def test_apart_texts_that_fill_their_windows_cost_what_each_costs_alone(
-    model, tokenizer, beginnings
-):
-    parts = [text[start : start + 20] for text in beginnings for start in (0, 50, 100)]
-    same = [text for text in parts if len(stream_of([text], tokenizer)) == 12]
-    assert len(same) > 5
-    alone = math.fsum(score_texts([text], model, tokenizer).nats for text in same)
-    across = score_texts(same, model, tokenizer, block_size=13).nats
-    model.config.attend_across = False
-    for order in (same, same[::-1]):
-        score = score_texts(order, model, tokenizer, block_size=13, batch_size=3)
-        assert score.tokens == 11 * len(same)
-        assert score.nats == pytest.approx(alone, rel=1e-6)
-    assert abs(across - alone) > 1
-
-
-def test_score_does_not_depend_on_the_batch_size(model, tokenizer, beginnings):
-    scores = [
-        score_texts(beginnings[:6], model, tokenizer, batch_size=size) for size in (1, 3, 8, 1000)
-    ]
-    assert len({(score.tokens, score.bytes) for score in scores}) == 1
-    for score in scores:
-        assert score.nats == pytest.approx(scores[0].nats, rel=1e-6)
-
-
-def test_score_rows_equals_score_texts(model, tokenizer, beginnings):
-    rows = Rows.held_out(beginnings[:6], tokenizer, block_size=16)
-    by_rows = score_rows(model, HeldOutBatches(rows, batch_size=8), device="cpu")
-    assert by_rows == score_texts(beginnings[:6], model, tokenizer)
-
-
-def test_an_iterator_of_texts_is_enough(model, tokenizer, beginnings):
-    assert score_texts(iter(beginnings[:3]), model, tokenizer) == score_texts(
-        beginnings[:3], model, tokenizer
-    )
-
-
-def test_the_metric_equals_the_function_and_needs_no_network(model, tokenizer, beginnings):
-    metric = load_metric()
-    for options in [{}, {"block_size": 7, "batch_size": 3}]:
-        found = metric.compute(
-            predictions=beginnings[:4], model=model, tokenizer=tokenizer, **options
-        )
-        score = score_texts(beginnings[:4], model, tokenizer, **options)
-        assert found == {
-            "loss": score.nats / score.tokens,
-            "perplexity": math.exp(score.nats / score.tokens),
-            "bits_per_byte": pytest.approx(score.nats / math.log(2) / score.bytes),
-            "tokens": score.tokens,
-            "bytes": score.bytes,
-        }
-
-
-# -- sentences ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nothing", [[], [""]])
-def test_nothing_to_predict_is_refused(tiny_model, tokenizer, nothing):
-    with pytest.raises(InputError, match="no token to predict"):
-        score_texts(nothing, tiny_model, tokenizer)
-
-
-def test_one_token_is_enough(tiny_model, tokenizer):
-    score = score_texts(["a"], tiny_model, tokenizer)
-    assert score.tokens == 1  # the end of the text; "a" itself has no context
-    assert score_texts(["", "a", ""], tiny_model, tokenizer) == score  # an empty text is none
-
-
-def test_a_window_beyond_the_positions_is_refused(tiny_model, tokenizer):
-    with pytest.raises(InputError, match="block_size is 17, but the model has 16 positions"):
-        score_texts(["abc"], tiny_model, tokenizer, block_size=17)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model, texts):
-    larger = train_tokenizer(texts, vocab_size=390)
-    with pytest.raises(InputError, match="390 entries and the model 384"):
-        score_texts(["abc"], tiny_model, larger)
-
-
-def test_where_numbers_go_is_checked_before_the_work(tmp_path):
-    check_target(None)
-    check_target(str(tmp_path / "numbers.json"))
-    (tmp_path / "old.json").write_text("{}")
-    check_target(str(tmp_path / "old.json"))
-    with pytest.raises(InputError, match="no/numbers.json: cannot be written"):
-        check_target(str(tmp_path / "no" / "numbers.json"))
-    (tmp_path / "book.txt").write_text("my book")
-    with pytest.raises(InputError, match="book.txt: holds something other than JSON"):
-        check_target(str(tmp_path / "book.txt"))
-    assert (tmp_path / "book.txt").read_text() == "my book"
+def test_of_very_many_documents_fewer_resamples_are_drawn():
+    count = 400_000
+    tokens = np.full(count, 10)
+    nats = tokens * np.random.default_rng(1).normal(3.0, 0.5, count)
+    low, high = Score(nats, tokens, tokens, tokens, tokens).intervals()["nats_per_token"]
+    assert low < nats.sum() / tokens.sum() < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / count**0.5, rel=0.15)

@@ -816,7 +816,7 @@ def test_the_same_command_goes_on_also_with_a_permission_in_it(smoke_recipe, run
 @pytest.fixture
 def unfinished(run_copy):
     """The finished run as it was before its last checkpoint."""
-    for name in ("metrics.json", "model.safetensors", "config.json", "README.md", "loss.png"):
+    for name in ("metrics.json", "model.safetensors", "config.json", "README.md", "curves.png"):
         (run_copy / name).unlink()
     shutil.rmtree(run_copy / "checkpoint-20")
     (run_copy / "run_status.json").write_text(json.dumps({"state": "running"}))

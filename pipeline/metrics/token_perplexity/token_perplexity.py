@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of texts under a causal language model, as an `evaluate` metric.
+"""Perplexity, bits per byte and accuracy of a causal language model on texts, for `evaluate`.
 
 `evaluate.load` copies this file out of the package, so the arithmetic stays in `pipeline`.
 """
@@ -6,11 +6,14 @@
 import datasets
 import evaluate
 
-from pipeline.perplexity import score_texts
+from pipeline.measuring import measure_texts
+from pipeline.recipe import InputError
 
 _DESCRIPTION = """\
-Perplexity at the level of the corpus: exp of the total nats over the total predicted tokens, and
-bits per UTF-8 byte, which can be compared between tokenizers.
+How well a causal language model predicts texts. Perplexity is exp of the total nats over the total
+predicted tokens (the corpus's, not a mean of the texts'); bits per UTF-8 byte can be compared
+between tokenizers; every number comes with a 95 % interval (bootstrap over the texts). Texts longer
+than the model's window are scored in windows that slide over them, each token exactly once.
 """
 
 _CITATION = """\
@@ -20,23 +23,49 @@ _CITATION = """\
   journal={The Journal of the Acoustical Society of America},
   volume={62}, number={S1}, year={1977}
 }
+@article{efron1979bootstrap,
+  title={Bootstrap methods: another look at the jackknife},
+  author={Efron, Bradley},
+  journal={The Annals of Statistics},
+  volume={7}, number={1}, pages={1--26}, year={1979}
+}
 """
 
 _INPUTS = """\
 Args:
-    predictions (list of str): texts, laid end to end with end-of-text after each.
-    model: a loaded causal language model.
-    tokenizer: its tokenizer.
-    block_size (int, optional): tokens in a window, by default the model's positions.
-    batch_size (int): windows in one forward pass.
+    predictions (list of str): texts.
+    model: a loaded causal language model, a folder or a Hub name.
+    tokenizer (optional): its tokenizer, loaded or by name; by default what lies beside the model.
+    block_size (int, optional): tokens in a window; by default the model's positions.
+    stride (int, optional): tokens from the start of a window to that of the next, 1 to
+        block_size - 1, which is the default; the smaller, the more context each token has.
+    batch_size (int): windows in one forward pass, 8; it changes no number.
+    add_start_token (bool, optional): end-of-text stands before each text, so that its first token
+        is predicted, too; by default unless the model was trained without.
+    add_end_token (bool): the end-of-text after each text is predicted, too; False.
+    joined (bool): lay the texts end to end as held-out text is in training; False: each by itself.
+    packed (bool): texts share rows instead of being padded; False. The same numbers.
+    max_length (int, optional): tokens of a text after which the rest is left out (`truncated`).
+    target (str): "all", or "last_word": only the last word of each text is scored (LAMBADA).
+    detokenize (str, optional): "wikitext" undoes WikiText's cutting into words before scoring.
+    device (str, optional): "cpu", "cuda", ...; by default the model stays where it is.
 Returns:
-    loss (nats per token), perplexity, bits_per_byte, tokens, bytes: over every token after the
-    first, each scored once.
+    perplexity: exp(total nats / total predicted tokens).
+    mean_perplexity: the mean of each text's perplexity, what `evaluate`'s own metric returns.
+    perplexities: each text's; None where it has nothing to predict.
+    nats_per_token, bits_per_byte, word_perplexity (per white-space separated word), accuracy (the
+    predicted token was the most likely one), last_word_accuracy (with that target: all its tokens).
+    confidence_intervals: of each of them [low, high], or None for fewer than two texts.
+    tokens (predicted), bytes and words (of what was predicted), bytes_per_token, documents,
+    nothing_to_predict, truncated: counts.
+Examples:
+    >>> metric = evaluate.load("pipeline/metrics/token_perplexity")
+    >>> metric.compute(predictions=texts, model="gpt2")["perplexity"]  # doctest: +SKIP
 """
 
 
 class TokenPerplexity(evaluate.Metric):
-    """Corpus perplexity from a model that is already loaded."""
+    """Perplexity of a corpus, all numbers from one pass; see the module's description."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -45,12 +74,30 @@ class TokenPerplexity(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({"predictions": datasets.Value("string")}),
+            reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
         )
 
-    def _compute(self, predictions, model, tokenizer, block_size=None, batch_size=8):
-        score = score_texts(
-            predictions, model, tokenizer, block_size=block_size, batch_size=batch_size
-        )
-        return {
-            name.removeprefix("text_"): value for name, value in score.as_metrics("text").items()
-        }
+    def compute(self, *, predictions=None, references=None, **options):
+        """Check the texts, which the library would turn into text whatever they are."""
+        if predictions is not None:
+            if isinstance(predictions, str):
+                raise InputError("predictions is one text; give a list of texts")
+            wrong = next(
+                (n for n, text in enumerate(predictions) if not isinstance(text, str)), None
+            )
+            if wrong is not None:
+                raise InputError(
+                    f"predictions[{wrong}] is {predictions[wrong]!r} and not text; give a list of "
+                    "str"
+                )
+            if not len(predictions):
+                raise InputError("there are no texts to score: the list is empty")
+        if "model" not in options:
+            raise InputError("give model: a loaded model, a folder or a Hub name")
+        return super().compute(predictions=predictions, references=references, **options)
+
+    def _compute(self, predictions, model, tokenizer=None, **options):
+        return measure_texts(
+            predictions, model, tokenizer, bytes_to_read=sum(len(t.encode()) for t in predictions),
+            **options,
+        ).numbers()  # fmt: skip

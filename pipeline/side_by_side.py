@@ -1,0 +1,242 @@
+"""Models on the same text, side by side: their numbers, the table that is shown, what is kept."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.blocks import Rows
+from pipeline.command_line import MeasureOptions
+from pipeline.corpus import documents_of
+from pipeline.measuring import loaded, measure_texts
+from pipeline.perplexity import MEASURES
+from pipeline.processes import Processes
+from pipeline.recipe import InputError, check_local, read_recipe
+from pipeline.run_folder import CONFIG
+from pipeline.sections import SourceSection
+from pipeline.tasks import check_tasks, run_tasks
+from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+# What tells something of another model whatever its tokenizer; the others are per token.
+COMPARABLE = ("bits_per_byte", "word_perplexity", "last_word_accuracy")
+LOWER_IS_BETTER = {name: "accuracy" not in name for name in (*MEASURES, "last_word_accuracy")}
+# Below, resampled documents are too much alike: of 20 samples the 95 % interval holds the mean 93 %
+# of the time, of 10 samples 90 %, of 5 samples 84 % (simulated, normal values).
+FEW_DOCUMENTS = 20
+COUNTS = ("tokens", "bytes", "words", "documents", "nothing_to_predict", "truncated")
+# Options of the door that are those of `measure_texts`, under the same names.
+PASSED_ON = (
+    "block_size", "stride", "batch_size", "add_start_token", "add_end_token", "packed",
+    "max_length", "target", "detokenize",
+)  # fmt: skip
+
+
+def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
+    """Return the numbers of every model that is named, and of what text they are.
+
+    Raises:
+        InputError: a text, model or task cannot be had, or options contradict each other.
+    """
+    for name in options.model:
+        check_local(name, "model", "config.json")
+    processes.told(lambda: check_tasks(options.tasks), patiently=True)
+    settings = {name: getattr(options, name) for name in PASSED_ON}
+    joined = options.joined
+    if joined is None:  # as in training, unless something is asked that joined texts cannot have
+        alone = ("add_start_token", "add_end_token", "packed", "max_length")
+        joined = options.target == "all" and not any(getattr(options, name) for name in alone)
+    found: dict[str, Any] = {"models": {}}
+    for name in options.model:
+        model, tokenizer = loaded(name)
+        numbers: dict[str, Any] = {}
+        if options.has_text:
+            text = Text(options)
+            measured = measure_texts(
+                text.documents(), model, tokenizer, joined=joined, processes=processes,
+                bytes_to_read=text.size, **settings,
+            )  # fmt: skip
+            numbers = measured.numbers()
+            found["text"] = text.identity() | {"joined": joined}
+        numbers["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+        if options.tasks and processes.is_main:
+            numbers["tasks"] = run_tasks(
+                model, tokenizer, options.tasks, batch_size=options.batch_size,
+                limit=options.tasks_limit,
+            )  # fmt: skip
+        found["models"][name] = numbers
+    stated = options.model_dump(mode="json", exclude_unset=True, exclude={"model", "json_"})
+    return found | {
+        "options": stated, "versions": artifact.versions(), "git_commit": artifact.git_commit(),
+    }  # fmt: skip
+
+
+class Text:
+    """The text that the options name, to be read once, with its fingerprint.
+
+    Attributes:
+        size: bytes of its files, None where that is not known.
+    """
+
+    def __init__(self, options: MeasureOptions) -> None:
+        self._digest, self._count = hashlib.sha256(), 0
+        self.size: int | None = None
+        if options.held_out is not None:
+            run, split = Path(options.held_out), options.split
+            self.name = f"{run} ({split})"
+            self.size, self._documents = _held_out(run, split)
+            return
+        source = SourceSection(**{n: getattr(options, n) for n in SourceSection.model_fields
+                                  if n not in ("name", "weight")})  # fmt: skip
+        size, found = documents_of(source)
+        self.size = size or None
+        self.name = ", ".join(source.files or [f"{source.dataset} ({source.dataset_split})"])
+        self._documents = (document.read() for document in found)
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Yield each document in pieces."""
+        for number, document in enumerate(self._documents):
+            self._digest.update(f"\0{number}\0".encode())
+            self._count += 1
+            yield self._told(document)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what was read: name, documents and a sha256 over their text."""
+        digest = self._digest.hexdigest()
+        return {"source": self.name, "documents": self._count, "fingerprint": digest}
+
+    def _told(self, pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            self._digest.update(piece.encode())
+            yield piece
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the numbers as a person reads them, one column for each model."""
+    models: dict[str, dict[str, Any]] = found["models"]
+    lines, notes = [], []
+    if "text" in found:
+        text = found["text"]
+        how = "laid end to end, as in training" if text["joined"] else "each by itself"
+        lines.append(f"{text['source']}: {text['documents']:,} document(s), {how}")
+    shown = {name: _cells(name, models) for name in models}
+    width = max(27, *(len(Path(name).name) + 2 for name in models))
+    if len(models) > 1:
+        lines.append(" " * 20 + "".join(f"{_short(name, models):>{width}}" for name in models))
+    for row in dict.fromkeys(row for cells in shown.values() for row in cells):
+        cells = "".join(f"{cells.get(row, '-'):>{width}}" for cells in shown.values())
+        lines.append(f"{row:<20}{cells}")
+    intervals = [numbers.get("confidence_intervals") or {} for numbers in models.values()]
+    if "text" in found and any(ends for each in intervals for ends in each.values()):
+        notes.append("in brackets: 95 % intervals, by bootstrap over the documents")
+        if text["documents"] < FEW_DOCUMENTS:
+            notes.append(f"with fewer than {FEW_DOCUMENTS} documents they are too narrow")
+    elif "text" in found:
+        notes.append("one document: no interval (it says nothing of others)")
+    if len(models) > 1 and "text" in found:
+        notes.append("* best; < its interval does not overlap with the best one's")
+        if not _same_tokenizer(models):
+            notes.append(
+                "the tokenizers differ: what is per token cannot be compared, bits per byte and "
+                "word perplexity can"
+            )
+    return "\n".join([*lines, *(f"({note})" for note in notes)])
+
+
+def check_target(path: str | None) -> None:
+    """Check before the work that numbers can be written to `path` without harm.
+
+    Raises:
+        InputError: its folder cannot be written to, or it holds something other than JSON.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise InputError(f"--json {path}: cannot be written; give a file in a folder that can")
+    if target.exists():
+        try:
+            json.loads(target.read_text())
+        except ValueError:
+            raise InputError(
+                f"--json {path}: holds something other than JSON; name another"
+            ) from None
+
+
+def write(found: dict[str, Any], path: str | None) -> None:
+    """Keep the numbers as JSON, if a path is given."""
+    if path is not None:
+        with artifact.full_disk_said(Path(path).parent):
+            artifact.write_whole(Path(path), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def _held_out(run: Path, split: str) -> tuple[int, Iterator[Iterator[str]]]:
+    """Return the held-out text of a run, put together again from its rows, and its bytes."""
+    if not (run / CONFIG).exists():
+        raise InputError(f"--held_out {run}: no run of ours ({CONFIG} is missing)")
+    recipe = read_recipe(run / CONFIG)
+    folder = recipe.blocks_dir if recipe.blocks_dir.exists() else run / "blocks"
+    manifest = artifact.read_manifest(folder)
+    if manifest is None:
+        raise InputError(f"--held_out {run}: its rows are gone ({folder})")
+    if not manifest["facts"][split]["rows"]:
+        raise InputError(f"--held_out {run}: has no {split} text; take the other --split")
+    texts = Rows.open(folder, split).held_out_texts(load_tokenizer(str(run)))
+    return manifest["facts"][split]["bytes"], (iter([text]) for text, _ in texts)
+
+
+def _cells(name: str, models: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return what the table says of one model, by row."""
+    numbers = models[name]
+    intervals, cells = numbers.get("confidence_intervals", {}), {}
+    for measure in (*MEASURES, "last_word_accuracy"):
+        if (value := numbers.get(measure)) is None:
+            continue
+        ends = intervals.get(measure)
+        between = "" if ends is None else f" [{ends[0]:.5g}, {ends[1]:.5g}]"
+        mark = _mark(measure, name, models) if len(models) > 1 else ""
+        cells[measure] = f"{value:,.6g}{between}{mark}"
+    if "bytes_per_token" in numbers:
+        cells["bytes_per_token"] = f"{numbers['bytes_per_token']:.4g}"
+    cells |= {count: f"{numbers[count]:,}" for count in COUNTS if numbers.get(count) is not None}
+    for task, results in numbers.get("tasks", {}).items():
+        cells |= {f"{task} {metric}": f"{value:,.6g}" for metric, value in results.items()}
+    return cells
+
+
+def _mark(measure: str, name: str, models: dict[str, dict[str, Any]]) -> str:
+    """Return "*" for the best model, "<" where it is surely not; "" where that cannot be said."""
+    if measure not in COMPARABLE and not _same_tokenizer(models):
+        return "  "
+    sign = 1 if LOWER_IS_BETTER[measure] else -1
+    known = {n: sign * m[measure] for n, m in models.items() if m.get(measure) is not None}
+    best = min(known, key=known.get)
+    if name == best:
+        return " *"
+    ends = [models[n].get("confidence_intervals", {}).get(measure) for n in (name, best)]
+    if None in ends:
+        return "  "
+    (low, high), (best_low, best_high) = ends
+    return " <" if high < best_low or low > best_high else "  "
+
+
+def _same_tokenizer(models: dict[str, dict[str, Any]]) -> bool:
+    return len({numbers["tokenizer_fingerprint"] for numbers in models.values()}) == 1
+
+
+def _short(name: str, models: dict[str, dict[str, Any]]) -> str:
+    last = Path(name).name
+    return last if sum(Path(other).name == last for other in models) == 1 else name
+
+
+@contextlib.contextmanager
+def said_as_options() -> Iterator[None]:
+    """Let sentences about a recipe's `data.` speak of the door's options of the same names."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error).replace("--data.", "--").replace("data.", "--")
+        raise InputError(said) from None

@@ -1,0 +1,31 @@
+"""Numbers as a person reads them: counts, times, and what is not known."""
+
+from typing import Any
+
+from pipeline.run_record import finite
+
+NOTHING = "\N{EM DASH}"
+
+
+def written(value: Any, form: str) -> str:
+    """Return a number in its form, a dash where there is none."""
+    return format(value, form) if finite(value) else NOTHING
+
+
+def short(value: float) -> str:
+    """Return a count in three digits: 614 k, 1.07 M."""
+    units = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"), (1, ""))
+    fitting = (one for one in units if value >= 0.9995 * one[0])  # what rounds to 1,000 k is 1 M
+    size, unit = next(fitting, units[-1])
+    return f"{value / size:.3g}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 0.3 s, 37 s, 12 min 3 s, 3 h 12 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    units = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+    large = next(number for number, (size, _) in enumerate(units) if seconds >= size)
+    (size, unit), (small, small_unit) = units[large], units[large + 1]
+    rest = int(seconds % size // small)
+    return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")

@@ -1,0 +1,35 @@
+"""Counts and times in words, by table."""
+
+import math
+
+import pytest
+
+from pipeline.wording import NOTHING, duration, short, written
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0.0 s"), (0.31, "0.3 s"), (37.4, "37 s"), (60, "1 min"), (723, "12 min 3 s"),
+        (3600, "1 h"), (11_520, "3 h 12 min"), (187_300, "2 d 4 h"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (0.5, "0.5"), (999, "999"), (999.7, "1 k"), (1000, "1 k"), (614_400, "614 k"),
+     (999_800, "1 M"), (1_071_872, "1.07 M"), (1e10, "10 B"), (2.5e15, "2.5e+03 T")],
+)  # fmt: skip
+def test_counts(value, said):
+    assert short(value) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1234.5, "1,234.50"), (0, "0.00"), (None, NOTHING), (math.nan, NOTHING), (math.inf, NOTHING)],
+)
+def test_what_is_no_number_is_a_dash(value, said):
+    assert written(value, ",.2f") == said
