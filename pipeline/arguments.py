@@ -10,10 +10,10 @@ from transformers import Trainer, TrainingArguments
 
 from pipeline import attention, machine
 from pipeline.checkpoint import FEWEST_KEPT
-from pipeline.corpus import named_text
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
 from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.sources import named_text
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,7 @@ recipe's packing; held-out rows overlap by one token, so that every token that h
 predicted exactly once.
 """
 
-import functools
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -159,39 +157,13 @@ class Rows(torch.utils.data.Dataset):
         part.bytes = int(lengths[rows.ids.ravel()].sum())
         return part
 
-    def documents(self, indices: list[int], before: np.ndarray) -> np.ndarray:
-        """Return the number of the document that each token belongs to, as `__getitems__` lies.
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return ids [block_size], columns in which documents begin, and how many ids are text."""
+        return self._rows.row(self._place(index))
 
-        Args:
-            before: how many documents begin before each row (`RowFile.documents_before`).
-        """
-        begins = np.zeros((len(indices), self.block_size), np.int64)
-        for place, index in enumerate(indices):
-            begins[place, self._rows.row(self._place(index))[1]] = 1
-        return np.maximum(0, before[indices, None] + begins.cumsum(1) - 1)
-
-    def held_out_texts(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield text and ids of each document of a held-out split, without its end-of-text."""
-        parts: list[np.ndarray] = []
-        for index in range(len(self)):
-            ids, starts, used = self._rows.row(index)
-            # The first token of every row but the first is the last one of the row before.
-            begin = min(index, 1)
-            for start in starts[starts >= begin].tolist():
-                parts.append(ids[begin:start])
-                if index or start:
-                    yield _decoded(parts, tokenizer)
-                parts, begin = [], start
-            parts.append(ids[begin:used])
-        if parts:
-            yield _decoded(parts, tokenizer)
-
-    @functools.cached_property
-    def documents_before(self) -> np.ndarray:
-        """How many documents begin before each row of a held-out split, and in all."""
-        return self._rows.documents_before(self.block_size - 1)
+    def documents_before(self, stride: int) -> np.ndarray:
+        """Return how many documents begin before each row, see `RowFile.documents_before`."""
+        return self._rows.documents_before(stride)
 
     @property
     def block_size(self) -> int:
@@ -211,7 +183,7 @@ class Rows(torch.utils.data.Dataset):
         `attend_across` false also that of a document's first token, which has no context. From
         position_ids that begin anew with each document follows the mask that keeps attention in it.
         """
-        found = [self._rows.row(self._place(index)) for index in indices]
+        found = [self.row(index) for index in indices]
         ids = np.empty((len(indices), self.block_size), np.int64)
         for place, (row, _, _) in enumerate(found):
             ids[place] = row
@@ -239,51 +211,6 @@ class Rows(torch.utils.data.Dataset):
                 return first + index * available // taken
             index -= taken
         return index
-
-
-class HeldOutBatches:
-    """One process's batches of a held-out split; all processes together score each token once.
-
-    Every batch has the same shape [batch_size, block_size] (a compiled model sees no other), and
-    every process has the same number of batches; what is filled up is masked.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        by_document: bool = False,
-    ) -> None:
-        """With `by_document` a batch says for each token which document it belongs to."""
-        self.dataset = rows
-        self.batch_size = batch_size
-        self._rank, self._world_size, self._by_document = rank, world_size, by_document
-
-    def __len__(self) -> int:
-        return math.ceil(math.ceil(len(self.dataset) / self.batch_size) / self._world_size)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        rows = self.dataset
-        for number in range(len(self)):
-            start = (number * self._world_size + self._rank) * self.batch_size
-            wanted = np.arange(start, start + self.batch_size)
-            indices = np.minimum(wanted, len(rows) - 1).tolist()
-            batch = rows.__getitems__(indices)
-            beyond = torch.from_numpy(wanted >= len(rows))[:, None]
-            batch["labels"] = batch["labels"].masked_fill(beyond, NO_LABEL)
-            if self._by_document:
-                found = rows.documents(indices, rows.documents_before)
-                batch["documents"] = torch.from_numpy(found)
-            yield batch
-
-
-def _decoded(parts: list[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.ndarray]:
-    ids = np.concatenate(parts)
-    ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False), ids
 
 
 def open_blocks(

@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from pipeline.blocks import HeldOutBatches, Rows
+from pipeline.blocks import Rows
 from pipeline.generation import continuation
+from pipeline.held_out import HeldOutBatches
 from pipeline.processes import Processes
 from pipeline.recipe import InputError
 from pipeline.scoring import score_rows

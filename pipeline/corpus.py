@@ -7,7 +7,7 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import raw_documents, sources, text_files
 from pipeline.file_digests import file_digests
@@ -248,42 +248,6 @@ class Corpus:
         files = [(self._digests[str(path)], path) for _, path in self._files[number]]
         # The same bytes are other documents in a file of another kind.
         return _combined([f"{digest}:{sources.kind_of(p, source)}" for digest, p in files])
-
-
-def documents_of(source: SourceSection) -> tuple[int, Iterator[raw_documents.Document]]:
-    """Return the bytes of a source's files and all its documents, of no split, in order.
-
-    Each is read in windows that tokenise as the whole does.
-
-    Raises:
-        InputError: see `Corpus`.
-    """
-    files = sources.find_files(source)
-    size = sum(_stat(path).st_size for _, path in files)
-
-    def documents() -> Iterator[raw_documents.Document]:
-        for shard in sources.shards_of(0, source, files, total_bytes=size):
-            for document in raw_documents.read_shard(shard, source):
-                yield document._replace(read=functools.partial(_windows, document))
-
-    return size, documents()
-
-
-def named_text(file: str, *, errors: Literal["strict", "replace"]) -> list[str]:
-    """Return the documents of a file of `evaluation.texts`, those that are not empty.
-
-    Raises:
-        InputError: it is missing, no text, or empty.
-    """
-    _, found = documents_of(SourceSection(files=[file], errors=errors))
-    texts = [text for document in found if (text := document.text)]
-    if not texts:
-        raise InputError(f"evaluation.texts: {file}: the file is empty")
-    return texts
-
-
-def _windows(document: raw_documents.Document) -> Iterator[str]:
-    return text_files.safe_windows(document.read(), document.name)
 
 
 def held_out_source(section: DataSection, split: str) -> SourceSection:

@@ -6,7 +6,8 @@ python pipeline/generate.py --model outputs/quickstart --prompt "def read("
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import GenerateOptions, enter, read_options
+from pipeline.command_line import enter, read_options
+from pipeline.options import GenerateOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ python pipeline/measure_perplexity.py --model outputs/a outputs/b --held_out out
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import MeasureOptions, enter, read_options
+from pipeline.command_line import enter, read_options
+from pipeline.options import MeasureOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

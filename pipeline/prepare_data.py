@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import PrepareOptions, enter, read_command_line
+from pipeline.command_line import enter, read_command_line
+from pipeline.options import PrepareOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

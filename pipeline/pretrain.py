@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import interruption
-from pipeline.command_line import PretrainOptions, enter, read_command_line
+from pipeline.command_line import enter, read_command_line
+from pipeline.options import PretrainOptions
 
 
 @interruption.heeded()

@@ -48,7 +48,7 @@ MEASURED = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ",.2f"),
     "loss": ("loss (nats per token)", ".4f"),
-    "word_perplexity": ("perplexity per word", ",.4g"),
+    "word_perplexity": ("perplexity per word", ",.5g"),
     "accuracy": ("next token right", ".2%"),
     "mean_perplexity": ("perplexity, mean of documents", ",.4g"),
 }

@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from pipeline.blocks import HeldOutBatches, Rows
+from pipeline.blocks import Rows
 from pipeline.generation import continuation
+from pipeline.held_out import HeldOutBatches, held_out_texts
 from pipeline.model import load_model
 from pipeline.perplexity import Score
 from pipeline.processes import Processes
@@ -39,7 +40,7 @@ def score_documents(
     sums = sum_scores(model, batches, device=model.device, after_batch=after_batch)
     rows, lengths = batches.dataset, token_bytes(tokenizer)
     counts = []
-    for number, (text, ids) in enumerate(rows.held_out_texts(tokenizer)):
+    for number, (text, ids) in enumerate(held_out_texts(rows, tokenizer)):
         content = text.encode()
         if number == 0 or not rows.attend_across:  # the first token has no context
             content = content[int(lengths[ids[:1]].sum()) :]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline import artifact, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
-from pipeline.command_line import PretrainOptions
+from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, read_recipe
 from pipeline.resumption import (

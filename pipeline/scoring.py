@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
-from pipeline.blocks import NO_LABEL, HeldOutBatches
+from pipeline.blocks import NO_LABEL
+from pipeline.held_out import HeldOutBatches
 from pipeline.linear_cross_entropy import chunk_rows
 from pipeline.perplexity import Score
 from pipeline.processes import Processes

@@ -10,14 +10,15 @@ from typing import Any
 
 from pipeline import artifact
 from pipeline.blocks import Rows
-from pipeline.command_line import MeasureOptions
-from pipeline.corpus import documents_of
+from pipeline.held_out import held_out_texts
 from pipeline.measuring import loaded, measure_texts
+from pipeline.options import MeasureOptions
 from pipeline.perplexity import MEASURES
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, check_local, read_recipe
 from pipeline.run_folder import CONFIG
 from pipeline.sections import SourceSection
+from pipeline.sources import documents_of
 from pipeline.tasks import check_tasks, run_tasks
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -184,7 +185,7 @@ def _held_out(run: Path, split: str) -> tuple[int, Iterator[Iterator[str]]]:
         raise InputError(f"--held_out {run}: its rows are gone ({folder})")
     if not manifest["facts"][split]["rows"]:
         raise InputError(f"--held_out {run}: has no {split} text; take the other --split")
-    texts = Rows.open(folder, split).held_out_texts(load_tokenizer(str(run)))
+    texts = held_out_texts(Rows.open(folder, split), load_tokenizer(str(run)))
     return manifest["facts"][split]["bytes"], (iter([text]) for text, _ in texts)
 
 

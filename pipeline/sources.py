@@ -4,20 +4,22 @@ Which shards there are follows from the sources alone, so whoever reads them, in
 processes, finds the same documents in the same order.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet
 
-from pipeline.raw_documents import Shard, check_column, commit_of, load_hub
+from pipeline.raw_documents import Document, Shard, check_column, commit_of, load_hub, read_shard
 from pipeline.recipe import InputError
 from pipeline.sections import SourceSection
-from pipeline.text_files import COMPRESSED, named_errors, suffix_of
+from pipeline.text_files import COMPRESSED, named_errors, safe_windows, suffix_of
 
 STANDARD_LIBRARY = "python:stdlib"
 PACKAGES = "python:packages"
@@ -93,6 +95,42 @@ def shards_of(
             shards.append(Shard(number, kind, ((name, str(path)),), start, stop, min(size, length)))
     close()
     return shards
+
+
+def documents_of(source: SourceSection) -> tuple[int, Iterator[Document]]:
+    """Return the bytes of a source's files and all its documents, of no split, in order.
+
+    Each is read in windows that tokenise as the whole does.
+
+    Raises:
+        InputError: see `find_files`, `shards_of` and `raw_documents.read_shard`.
+    """
+    files = find_files(source)
+    size = sum(path.stat().st_size for _, path in files)
+
+    def documents() -> Iterator[Document]:
+        for shard in shards_of(0, source, files, total_bytes=size):
+            for document in read_shard(shard, source):
+                yield document._replace(read=functools.partial(_windows, document))
+
+    return size, documents()
+
+
+def named_text(file: str, *, errors: Literal["strict", "replace"]) -> list[str]:
+    """Return the documents of a file of `evaluation.texts`, those that are not empty.
+
+    Raises:
+        InputError: it is missing, no text, or empty.
+    """
+    _, found = documents_of(SourceSection(files=[file], errors=errors))
+    texts = [text for document in found if (text := document.text)]
+    if not texts:
+        raise InputError(f"evaluation.texts: {file}: the file is empty")
+    return texts
+
+
+def _windows(document: Document) -> Iterator[str]:
+    return safe_windows(document.read(), document.name)
 
 
 def streamed_identity(source: SourceSection) -> str:

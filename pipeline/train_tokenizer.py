@@ -6,7 +6,8 @@ python pipeline/train_tokenizer.py --config recipes/quickstart.yaml --compare op
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import TokenizerOptions, enter, read_command_line
+from pipeline.command_line import enter, read_command_line
+from pipeline.options import TokenizerOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,12 +4,9 @@ What stays Trainer's: the loop, devices, mixed precision, clipping, reporters. W
 and why stands at each method.
 """
 
-import contextlib
 import functools
 import logging
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +19,16 @@ from transformers.trainer_callback import (
     PrinterCallback,
     ProgressCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import artifact
-from pipeline.blocks import HeldOutBatches, Rows, collate
+from pipeline.blocks import Rows, collate
 from pipeline.callbacks import (
     PerplexityCallback,
     SampleCallback,
     TasksCallback,
     TrainingProgressCallback,
 )
-from pipeline.corpus import named_text
+from pipeline.evaluating import EvaluatingTrainer, named_texts
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
 from pipeline.meters import Meter, flops_per_token
@@ -42,17 +38,15 @@ from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, measured_tasks
-from pipeline.resumable import ResumableTrainer
 from pipeline.saving import SAMPLES
-from pipeline.scoring import score_rows
-from pipeline.tasks import check_tasks, run_tasks
+from pipeline.tasks import check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-class PretrainingTrainer(ResumableTrainer):
-    """The same with our schedule, evaluation and logs."""
+class PretrainingTrainer(EvaluatingTrainer):
+    """The same with our schedule and logs."""
 
     def __init__(
         self,
@@ -79,8 +73,8 @@ class PretrainingTrainer(ResumableTrainer):
         held_out = blocks["validation"]
         if recipe.evaluation.tokens is not None:
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
-        self._texts = _named_texts(recipe, tokenizer)
-        self._has_warned = self._has_logged_compilation = False
+        self._texts = named_texts(recipe, tokenizer)
+        self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
         flops = flops_per_token(  # before anything shards the weights
             parameters=parameter_count(model), layers=model.config.n_layer,
@@ -212,79 +206,6 @@ class PretrainingTrainer(ResumableTrainer):
         with self._clock.waiting_for("data"):
             return super().get_batch_samples(*args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
-        """Batches that score each token once: a DataLoader repeats rows to even out processes."""
-        return HeldOutBatches(
-            eval_dataset or self.eval_dataset,
-            batch_size=self.args.eval_batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: HeldOutBatches,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Sum nats and divide once: Trainer averages the means of batches of unequal size."""
-
-        def show_progress() -> None:
-            self._beat()
-            self.control = self.callback_handler.on_prediction_step(
-                self.args, self.state, self.control
-            )
-
-        self.callback_handler.eval_dataloader = dataloader
-        # The plain model: autocast as in training, but no second compilation for evaluation.
-        found = score_rows(
-            self.model, dataloader, self._processes,
-            device=self.args.device, after_batch=show_progress,
-        )  # fmt: skip
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics=found.as_metrics(metric_key_prefix),
-            num_samples=len(dataloader.dataset),
-        )
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Leave the random state as it was, so that evaluating more often changes no weight."""
-        with self._aside("evaluation.tokens"), self.accelerator.autocast():
-            return super().evaluate(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _aside(self, remedy: str) -> Iterator[None]:
-        """Measure the plain model outside of the updates' time, the random state left as it was."""
-        started, grace = time.perf_counter(), self.recipe.faults.grace_seconds
-        plain = torch.compiler.set_stance("force_eager")
-        with plain, self._clock.evaluating(), torch.random.fork_rng(devices=self._rng_devices()):
-            yield
-        if (passed := time.perf_counter() - started) > grace and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "an evaluation took %.0f s, longer than faults.grace_seconds (%g): a run that is "
-                "asked to stop in one goes back to the checkpoint before; lower %s",
-                passed, grace, remedy,
-            )  # fmt: skip
-
-    def _run_tasks(self, names: list[str]) -> dict[str, dict[str, float]]:
-        """Run tasks in the main process; the others wait for as long as it takes."""
-        self._beat()
-        is_main = self._processes.is_main
-        awaited = contextlib.nullcontext() if is_main else self._watchdog.paused()
-        with self._aside("evaluation.tasks_limit"), awaited:
-            return self._processes.told(
-                lambda: run_tasks(
-                    self.model, self.processing_class, names,
-                    batch_size=self.args.eval_batch_size,
-                    limit=self.recipe.evaluation.tasks_limit, after_batch=self._beat,
-                ),
-                patiently=True,
-            )  # fmt: skip
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save what a stock `from_pretrained` should see: use_cache on, no pickled arguments."""
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
@@ -342,9 +263,6 @@ class PretrainingTrainer(ResumableTrainer):
             + (" (the first update takes longer)" if arguments.torch_compile else ""),
         ]
 
-    def _rng_devices(self) -> list[torch.device]:
-        return [self.args.device] if self.args.device.type == "cuda" else []
-
     def _join_callbacks(self, tokenizer: PreTrainedTokenizerBase) -> None:
         section, arguments = self.recipe.evaluation, self.args
         self.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
@@ -376,16 +294,3 @@ class PretrainingTrainer(ResumableTrainer):
             self.add_callback(TasksCallback(section, run=self._run_tasks, log=self.log))
         if section.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(section.early_stopping_patience))
-
-
-def _named_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
-    """Return the rows of `evaluation.texts`, no more of each than of the held-out text."""
-    section, data = recipe.evaluation, recipe.data
-    texts = {}
-    for name, file in section.texts.items():
-        rows = Rows.held_out(
-            named_text(file, errors=data.errors), tokenizer,
-            block_size=data.block_size, attend_across=data.attend_across,
-        )  # fmt: skip
-        texts[name] = rows if section.tokens is None else rows.part(section.tokens, tokenizer)
-    return texts

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import packing
 from pipeline.blocks import NO_LABEL, Rows
 from pipeline.encoder import Encoder
+from pipeline.held_out import document_numbers
 from pipeline.row_file import RowFile
 from pipeline.tokenizer import token_bytes
 
@@ -255,12 +256,11 @@ class TextBatches:
         for part in packing.windows(
             self._chunks(numbers), options.block_size, stride=options.stride, fill=self._end
         ):
-            file = RowFile([part])
             rows = Rows(
-                file, tokens=0, bytes=0, scored_tokens=0, scored_bytes=0,
+                RowFile([part]), tokens=0, bytes=0, scored_tokens=0, scored_bytes=0,
                 attend_across=not options.apart,
             )  # fmt: skip
-            before, known = begun + file.documents_before(options.stride), np.array(numbers)
+            before, known = begun + rows.documents_before(options.stride), np.array(numbers)
             for start in range(0, len(rows), self._batch_size):
                 indices = range(start, min(start + self._batch_size, len(rows)))
                 yield functools.partial(self._cut, rows, indices, before, known, is_first)
@@ -273,7 +273,7 @@ class TextBatches:
         batch = rows.__getitems__(list(indices))
         labels = batch["labels"].clone()
         labels[int(is_first) :, : self._options.block_size - self._options.stride] = NO_LABEL
-        documents = known[rows.documents(list(indices), before)]
+        documents = known[document_numbers(rows, list(indices), before)]
         return batch | {"labels": labels, "documents": torch.from_numpy(documents)}
 
     def _chunks(self, numbers: list[int]) -> Iterator[packing.Chunk]:

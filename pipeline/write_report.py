@@ -6,7 +6,8 @@ python pipeline/write_report.py --runs outputs/one outputs/other --html comparis
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import WriteReportOptions, enter, read_options
+from pipeline.command_line import enter, read_options
+from pipeline.options import WriteReportOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

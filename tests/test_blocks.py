@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline import packing
-from pipeline.blocks import HeldOutBatches, Rows, collate, open_blocks
+from pipeline.blocks import Rows, collate, open_blocks
 from pipeline.corpus import Corpus
+from pipeline.held_out import HeldOutBatches
 from pipeline.model import build_model
 from pipeline.preparation import prepare_blocks
 from pipeline.recipe import DataSection, InputError, ModelSection

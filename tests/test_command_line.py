@@ -9,13 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.command_line import (
-    GenerateOptions,
-    MeasureOptions,
-    PretrainOptions,
-    read_command_line,
-    read_options,
-)
+from pipeline.command_line import read_command_line, read_options
+from pipeline.options import GenerateOptions, MeasureOptions, PretrainOptions
 from pipeline.recipe import InputError, Recipe, Section
 
 DOORS = ["pretrain", "train_tokenizer", "prepare_data", "measure_perplexity", "generate"]

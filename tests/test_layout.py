@@ -18,6 +18,7 @@ WITHOUT_TORCH = (
     "preparation",
     "streaming",
     "command_line",
+    "options",
     "known_fields",
     "lr_schedule",
 )

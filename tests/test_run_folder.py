@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import pretrain, run_folder
-from pipeline.command_line import PretrainOptions
 from pipeline.interruption import Preempted
+from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, read_recipe
 
@@ -176,7 +176,7 @@ def test_two_at_once_in_one_folder(smoke_recipe, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from pipeline import run_folder\n"
         "from types import SimpleNamespace; from pipeline.processes import Processes\n"
-        "from pipeline.command_line import PretrainOptions\n"
+        "from pipeline.options import PretrainOptions\n"
         "from pipeline.recipe import read_recipe\n"
         "alone = Processes(SimpleNamespace(process_index=0, world_size=1))\n"
         "recipe = read_recipe(Path(sys.argv[1]), {'training.output_dir': sys.argv[2]})\n"

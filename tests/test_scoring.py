@@ -10,7 +10,8 @@ import torch
 from test_measuring import roughened
 from transformers import GPT2LMHeadModel
 
-from pipeline.blocks import HeldOutBatches, Rows
+from pipeline.blocks import Rows
+from pipeline.held_out import HeldOutBatches, held_out_texts
 from pipeline.model import build_model
 from pipeline.recipe import ModelSection
 from pipeline.scoring import Sums, score_rows, sum_scores, token_scores
@@ -131,7 +132,7 @@ def test_a_batch_says_which_document_a_token_is_of(model, tokenizer, beginnings,
         assert sums.tokens[: len(texts)].tolist() == [length - 1 for length in lengths]
     plain = sum_scores(model, HeldOutBatches(rows, batch_size=5), device="cpu")
     assert plain.nats.sum() == pytest.approx(sums.nats.sum(), rel=1e-12)
-    found = list(rows.held_out_texts(tokenizer))
+    found = list(held_out_texts(rows, tokenizer))
     assert [text for text, _ in found] == texts
     assert [ids.tolist() for _, ids in found] == [oracle.ids_of(t, tokenizer) for t in texts]
 

@@ -578,7 +578,7 @@ def test_tasks_are_logged_and_change_nothing_of_a_run(smoke_recipe, tmp_path, ta
 def test_they_are_shown_and_are_no_update(
     smoke_recipe, tmp_path, task_files, monkeypatch, capsys, caplog
 ):
-    from pipeline import trainer as room
+    from pipeline import evaluating as room
 
     def looked_at(*given, **more):
         is_paused.append(run._clock._paused_at is not None)
@@ -606,7 +606,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(smoke_recipe, tmp_path, task_fil
 def test_a_task_that_cannot_be_run_does_not_end_a_run(
     smoke_recipe, tmp_path, task_files, monkeypatch, caplog
 ):
-    from pipeline import trainer as room
+    from pipeline import evaluating as room
 
     def failing(model, tokenizer, names, **options):
         if names == task_files[:1]:
@@ -684,7 +684,7 @@ def test_of_several_processes_one_runs_them_and_the_others_wait(smoke_recipe, tm
     """For longer than a process may be silent."""
     from forked import forked, history, start_ranks
 
-    from pipeline import trainer as room
+    from pipeline import evaluating as room
 
     def hook(rank: int) -> None:
         def slow(model, tokenizer, names, *, after_batch, **options):

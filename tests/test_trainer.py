@@ -27,8 +27,8 @@ from pipeline import checkpoint, run_folder
 from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
 from pipeline.blocks import NO_LABEL, Rows
 from pipeline.callbacks import TrainingProgressCallback
-from pipeline.command_line import PretrainOptions
 from pipeline.model import build_model
+from pipeline.options import PretrainOptions
 from pipeline.recipe import InputError, read_recipe
 from pipeline.run_data import obtain_run_data
 from pipeline.trainer import PretrainingTrainer

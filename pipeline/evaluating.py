@@ -1,0 +1,116 @@
+"""A `Trainer` that measures held-out text, extra texts and tasks, and changes no weight by it."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+
+from pipeline.blocks import Rows
+from pipeline.held_out import HeldOutBatches
+from pipeline.recipe import Recipe
+from pipeline.resumable import ResumableTrainer
+from pipeline.scoring import score_rows
+from pipeline.sources import named_text
+from pipeline.tasks import run_tasks
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluatingTrainer(ResumableTrainer):
+    """The same with our sums; a run that evaluates more often is the same run."""
+
+    _has_warned = False  # of evaluations that take longer than a stop may
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
+        """Batches that score each token once: a DataLoader repeats rows to even out processes."""
+        return HeldOutBatches(
+            eval_dataset or self.eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: HeldOutBatches,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sum nats and divide once: Trainer averages the means of batches of unequal size."""
+
+        def show_progress() -> None:
+            self._beat()
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+
+        self.callback_handler.eval_dataloader = dataloader
+        # The plain model: autocast as in training, but no second compilation for evaluation.
+        found = score_rows(
+            self.model, dataloader, self._processes,
+            device=self.args.device, after_batch=show_progress,
+        )  # fmt: skip
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=found.as_metrics(metric_key_prefix),
+            num_samples=len(dataloader.dataset),
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Leave the random state as it was, so that evaluating more often changes no weight."""
+        with self._aside("evaluation.tokens"), self.accelerator.autocast():
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _aside(self, remedy: str) -> Iterator[None]:
+        """Measure the plain model outside of the updates' time, the random state left as it was."""
+        started, grace = time.perf_counter(), self.recipe.faults.grace_seconds
+        plain = torch.compiler.set_stance("force_eager")
+        with plain, self._clock.evaluating(), torch.random.fork_rng(devices=self._rng_devices()):
+            yield
+        if (passed := time.perf_counter() - started) > grace and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "an evaluation took %.0f s, longer than faults.grace_seconds (%g): a run that is "
+                "asked to stop in one goes back to the checkpoint before; lower %s",
+                passed, grace, remedy,
+            )  # fmt: skip
+
+    def _run_tasks(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """Run tasks in the main process; the others wait for as long as it takes."""
+        self._beat()
+        is_main = self._processes.is_main
+        awaited = contextlib.nullcontext() if is_main else self._watchdog.paused()
+        with self._aside("evaluation.tasks_limit"), awaited:
+            return self._processes.told(
+                lambda: run_tasks(
+                    self.model, self.processing_class, names,
+                    batch_size=self.args.eval_batch_size,
+                    limit=self.recipe.evaluation.tasks_limit, after_batch=self._beat,
+                ),
+                patiently=True,
+            )  # fmt: skip
+
+    def _rng_devices(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
+
+
+def named_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+    """Return the rows of `evaluation.texts`, no more of each than of the held-out text."""
+    section, data = recipe.evaluation, recipe.data
+    texts = {}
+    for name, file in section.texts.items():
+        rows = Rows.held_out(
+            named_text(file, errors=data.errors), tokenizer,
+            block_size=data.block_size, attend_across=data.attend_across,
+        )  # fmt: skip
+        texts[name] = rows if section.tokens is None else rows.part(section.tokens, tokenizer)
+    return texts

@@ -1,0 +1,137 @@
+"""What can be typed at each door besides a recipe's keys."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.sections import Section, SourceFields, Temperature
+
+
+class RecipeOptions(Section):
+    """Options of every door that reads a recipe."""
+
+    config: str | None = None
+    """The recipe (default: recipes/quickstart.yaml)."""
+    print_config: bool = False
+    """Print the recipe as it would run, and stop."""
+
+
+class PretrainOptions(RecipeOptions):
+    """Options of pretrain.py."""
+
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint, else fresh; must; never; or a checkpoint's path."""
+    overwrite: bool = False
+    """Remove the run that the output folder holds, and start anew."""
+    allow_change: list[str] = Field(default_factory=list)
+    """Fields that may differ from those of the checkpoint though they are refused otherwise."""
+
+
+class PrepareOptions(RecipeOptions):
+    """Options of prepare_data.py."""
+
+    num_proc: int | None = Field(None, ge=1)
+    """Processes that tokenise (default: one for each core, if the text is long enough to pay); the
+    rows are the same for any number."""
+    show: int | None = Field(None, ge=1)
+    """Print that many training rows as text, their documents set apart (of a stream, whose training
+    rows are not made yet, validation rows)."""
+
+
+class TokenizerOptions(RecipeOptions):
+    """Options of train_tokenizer.py."""
+
+    compare: str | None = None
+    """Folder or Hub name of a tokenizer to compare with, openai-community/gpt2 for instance."""
+
+
+class MeasureOptions(SourceFields):
+    """Options of measure_perplexity.py."""
+
+    model: list[str]
+    """Folders or Hub names of the models, each with its tokenizer; several stand side by side."""
+    held_out: str | None = None
+    """Folder of a run whose held-out text is scored, instead of files or a data set."""
+    split: Literal["validation", "test"] = "validation"
+    """With held_out: which of its texts."""
+    joined: bool | None = None
+    """Score the texts laid end to end, end-of-text after each, as held-out text is in training, or
+    each by itself (default: joined, unless an option is given that only texts by themselves have).
+    """
+    block_size: int | None = Field(None, ge=2)
+    """Tokens in a window (default: the model's positions)."""
+    stride: int | None = Field(None, ge=1)
+    """Tokens from the start of one window to that of the next (default and at most block_size - 1);
+    the smaller, the more context every token has, and the longer it takes."""
+    batch_size: int = Field(8, ge=1)
+    """Windows in one forward pass; it changes no number."""
+    add_start_token: bool | None = None
+    """Texts by themselves: end-of-text before each is the context of its first token (default: yes,
+    unless the model was trained with data.attend_across false)."""
+    add_end_token: bool = False
+    """Texts by themselves: the end-of-text after each is predicted, too."""
+    packed: bool = False
+    """Texts by themselves: they share windows instead of being filled up; the same numbers."""
+    max_length: int | None = Field(None, ge=2)
+    """Texts by themselves: tokens of each after which the rest is left out."""
+    target: Literal["all", "last_word"] = "all"
+    """last_word: only the last word of each text is scored (LAMBADA)."""
+    detokenize: Literal["wikitext"] | None = None
+    """wikitext: undo WikiText's cutting into words; bytes and words stay those of the text."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of lm-eval (hellaswag,lambada_openai,...) or YAML files of your own; needs the extra
+    [tasks]."""
+    tasks_limit: int | None = Field(None, ge=1)
+    """Documents of each task (default: all)."""
+    json_: str | None = Field(None, alias="json")
+    """File to write the numbers to."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _at_commas(cls, values: list[str]) -> list[str]:
+        return [name for value in values for name in value.split(",") if name]
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "MeasureOptions":
+        given = [n for n in ("files", "dataset", "held_out") if getattr(self, n) is not None]
+        if len(given) > 1 or not given and not self.tasks:
+            raise ValueError(
+                "give the text by exactly one of --files, --dataset and --held_out (or --tasks "
+                "alone)"
+            )
+        if len(set(self.model)) < len(self.model):
+            raise ValueError("--model names the same model twice")
+        return self
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text to score, besides tasks."""
+        return (self.files or self.dataset or self.held_out) is not None
+
+
+class WriteReportOptions(Section):
+    """Options of write_report.py."""
+
+    runs: list[str] = Field(min_length=1)
+    """Folders of runs, finished or not; of several their comparison is written."""
+    html: str | None = None
+    """File to write (default: report.html in the run's folder; of several runs comparison.html)."""
+
+
+class GenerateOptions(Section):
+    """Options of generate.py."""
+
+    model: str
+    """Folder or Hub name of the model and its tokenizer."""
+    prompt: str
+    """Beginning to continue."""
+    max_new_tokens: int = Field(80, ge=1)
+    """Length of the continuation in tokens; it stops earlier at end-of-text."""
+    temperature: Temperature = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among this many most likely tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the most likely tokens that together have this probability."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the sampling."""
