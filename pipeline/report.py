@@ -75,6 +75,7 @@ def summary(recipe: Recipe) -> str:
         f"held-out loss  {both('loss', '.4f')} nats per token",
         f"perplexity     {both('perplexity', '.2f')}",
         f"bits per byte  {both('bits_per_byte', '.4f')}",
+        *_interval(metrics),
         f"speed          {metrics['train_tokens_per_second']:,.0f} tokens/s; "
         f"{metrics['train_tokens']:,} tokens in {metrics['train_seconds']:.0f} s, with the first "
         f"update ({metrics['compile_seconds']:.0f} s), evaluations and checkpoints",
@@ -97,6 +98,16 @@ def summary(recipe: Recipe) -> str:
         f"Go on: python pipeline/generate.py --model {folder} --prompt {prompts[0]!r}",
     ]
     return "\n".join(lines)
+
+
+def _interval(metrics: dict[str, Any]) -> list[str]:
+    ends = (metrics.get("eval_confidence_intervals") or {}).get("bits_per_byte")
+    if ends is None:
+        return []
+    return [
+        f"               {ends[0]:.4f} to {ends[1]:.4f} for other documents like the "
+        f"{metrics['eval_documents']} held out (95 %)"
+    ]
 
 
 def _json_lines(history: list[dict[str, Any]]) -> str:

@@ -404,6 +404,7 @@ def test_texts_without_a_token_to_predict_are_said(tiny_model, tokenizer, caplog
         ("a text", "predictions is one text; give a list of texts"),
         (["a", 3], "predictions[1] is 3 and not text; give a list of str"),
         ([None], "predictions[0] is None and not text"),
+        (["a", "\ud800"], "predictions[1] holds half of a surrogate pair"),
     ],
 )
 def test_what_is_no_list_of_texts_is_one_sentence(tiny_model, tokenizer, predictions, sentence):

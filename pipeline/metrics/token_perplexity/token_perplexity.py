@@ -80,18 +80,7 @@ class TokenPerplexity(evaluate.Metric):
     def compute(self, *, predictions=None, references=None, **options):
         """Check the texts, which the library would turn into text whatever they are."""
         if predictions is not None:
-            if isinstance(predictions, str):
-                raise InputError("predictions is one text; give a list of texts")
-            wrong = next(
-                (n for n, text in enumerate(predictions) if not isinstance(text, str)), None
-            )
-            if wrong is not None:
-                raise InputError(
-                    f"predictions[{wrong}] is {predictions[wrong]!r} and not text; give a list of "
-                    "str"
-                )
-            if not len(predictions):
-                raise InputError("there are no texts to score: the list is empty")
+            _check(predictions)
         if "model" not in options:
             raise InputError("give model: a loaded model, a folder or a Hub name")
         return super().compute(predictions=predictions, references=references, **options)
@@ -101,3 +90,25 @@ class TokenPerplexity(evaluate.Metric):
             predictions, model, tokenizer, bytes_to_read=sum(len(t.encode()) for t in predictions),
             **options,
         ).numbers()  # fmt: skip
+
+
+def _check(predictions):
+    """See that these are texts.
+
+    Raises:
+        InputError: there are none, or what is given is something else.
+    """
+    if isinstance(predictions, str):
+        raise InputError("predictions is one text; give a list of texts")
+    if not len(predictions):
+        raise InputError("there are no texts to score: the list is empty")
+    for number, text in enumerate(predictions):
+        if not isinstance(text, str):
+            raise InputError(f"predictions[{number}] is {text!r} and not text; give a list of str")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"predictions[{number}] holds half of a surrogate pair, which is no Unicode text; "
+                "replace it"
+            ) from None
