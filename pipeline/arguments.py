@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
 from pipeline.recipe import InputError, Recipe, first_line
-from pipeline.sources import named_text
+from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         stated["torch_compile"] = False
     patience = recipe.evaluation.early_stopping_patience
     for file in recipe.evaluation.texts.values():
-        named_text(file, errors=recipe.data.errors)
+        if not read_text(Path(file), errors=recipe.data.errors):
+            raise InputError(f"evaluation.texts: {file}: the file is empty")
     derived = {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",

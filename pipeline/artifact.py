@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -119,6 +120,19 @@ def commit(staging: Path, folder: Path, made_from: dict[str, Any], facts: dict[s
             os.rename(folder, free_name(folder, "damaged"))
     os.rename(staging, folder)
     _sync(folder.parent)
+
+
+def as_json(value: Any, *, indent: int | None = 1) -> str:
+    """Return a value as JSON, which knows no NaN and no infinity: null instead."""
+
+    def known(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: known(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [known(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(known(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def write_whole(path: Path, text: str, *, synced: bool = False) -> None:

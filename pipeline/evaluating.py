@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.blocks import Rows
 from pipeline.held_out import HeldOutBatches
-from pipeline.recipe import Recipe
+from pipeline.recipe import InputError, Recipe
 from pipeline.resumable import ResumableTrainer
 from pipeline.scoring import score_rows
-from pipeline.sources import named_text
 from pipeline.tasks import run_tasks
+from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,10 @@ def named_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     texts = {}
     for name, file in section.texts.items():
         rows = Rows.held_out(
-            named_text(file, errors=data.errors), tokenizer,
+            [read_text(Path(file), errors=data.errors)], tokenizer,
             block_size=data.block_size, attend_across=data.attend_across,
         )  # fmt: skip
+        if not rows.scored_bytes:
+            raise InputError(f"evaluation.texts: {file}: is too short, nothing can be predicted")
         texts[name] = rows if section.tokens is None else rows.part(section.tokens, tokenizer)
     return texts

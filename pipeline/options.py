@@ -64,7 +64,8 @@ class MeasureOptions(SourceFields):
     """Tokens from the start of one window to that of the next (default and at most block_size - 1);
     the smaller, the more context every token has, and the longer it takes."""
     batch_size: int = Field(8, ge=1)
-    """Windows in one forward pass; it changes no number."""
+    """Windows in one forward pass, of shorter ones as many as have as many tokens; it changes no
+    number."""
     add_start_token: bool | None = None
     """Texts by themselves: end-of-text before each is the context of its first token (default: yes,
     unless the model was trained with data.attend_across false)."""
@@ -89,7 +90,8 @@ class MeasureOptions(SourceFields):
     @field_validator("tasks")
     @classmethod
     def _at_commas(cls, values: list[str]) -> list[str]:
-        return [name for value in values for name in value.split(",") if name]
+        names = [name.strip() for value in values for name in value.split(",")]
+        return [name for name in names if name]
 
     @model_validator(mode="after")
     def _one_text(self) -> "MeasureOptions":
@@ -99,8 +101,18 @@ class MeasureOptions(SourceFields):
                 "give the text by exactly one of --files, --dataset and --held_out (or --tasks "
                 "alone)"
             )
-        if len(set(self.model)) < len(self.model):
+        if len({name.rstrip("/") for name in self.model}) < len(self.model):
             raise ValueError("--model names the same model twice")
+        stated = self.model_fields_set
+        ignored = {
+            "split": self.held_out is None,
+            "tasks_limit": not self.tasks,
+            **{n: self.held_out is not None for n in SourceFields.model_fields},
+            **{n: self.dataset is None for n in SourceFields.model_fields if "dataset_" in n},
+        }
+        for name in sorted(stated):
+            if ignored.get(name):
+                raise ValueError(f"--{name} has no meaning with these options; leave it out")
         return self
 
     @property

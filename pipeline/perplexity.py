@@ -7,6 +7,7 @@ are fp64 and divided once; no mean of batch means, no dependence on batch size.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MEASURES = (
     "perplexity", "mean_perplexity", "bits_per_byte", "nats_per_token", "word_perplexity",
     "accuracy",
 )  # fmt: skip
+# Of documents in which only the last word is predicted; LAMBADA's accuracy.
+LAST_WORD_MEASURES = (*MEASURES, "last_word_accuracy")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,51 +67,52 @@ class Score:
             f"{prefix}_bytes": size,
         }
 
-    def measures(self) -> dict[str, float | None]:
-        """Return `MEASURES` over all documents; None where bytes or words are none.
+    def measures(self, names: Sequence[str] = MEASURES) -> dict[str, float | None]:
+        """Return `names` over all documents; None where bytes or words are none.
 
         `mean_perplexity` is the mean of each document's perplexity, as `evaluate`'s own metric
         averages: it hangs on how the text is cut into documents, and is there to be compared.
         """
-        sums = np.array([field.sum() for field in self._fields()], np.float64)
+        fields = self._fields()
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            own = np.exp(self.nats[self.tokens > 0] / self.tokens[self.tokens > 0])
-            found = _measures(sums[None], np.array([own.mean()]))
-        return {name: _defined(found[name][0]) for name in MEASURES}
+            found = _measures(fields.sum(0)[None], len(fields))
+        return {n: None if math.isnan(found[n][0]) else float(found[n][0]) for n in names}
 
-    def intervals(self, *, seed: int = 0) -> dict[str, list[float] | None]:
+    def intervals(
+        self, names: Sequence[str] = MEASURES, *, seed: int = 0
+    ) -> dict[str, list[float] | None]:
         """Return a 95 % interval [low, high] of each measure: how it might fall for other text.
 
         Documents are drawn with replacement, as many as there are, and measured again; the
         interval holds the middle 95 % (percentile bootstrap, Efron 1979). Fewer than two documents
         say nothing of others: None.
         """
-        scored = self.tokens > 0
-        count = int(scored.sum())
+        fields = self._fields()
+        count = len(fields)
         if count < 2:
-            return dict.fromkeys(MEASURES)
-        fields = np.stack([field[scored].astype(np.float64) for field in self._fields()], 1)
+            return dict.fromkeys(names)
         resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, MOST_DRAWN // count))
         source = np.random.default_rng(seed)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            fields = np.column_stack([fields, np.exp(fields[:, 0] / fields[:, 1])])
             drawn = np.stack(
                 [
                     np.bincount(source.integers(count, size=count), minlength=count) @ fields
                     for _ in range(resamples)
                 ]
             )
-            found = _measures(drawn[:, :-1], drawn[:, -1] / count)
+            found = _measures(drawn, count)
             tail = 100 * (1 - LEVEL) / 2
-            ends = {n: np.percentile(found[n], [tail, 100 - tail]).tolist() for n in MEASURES}
-        return {n: None if np.isnan(found[n]).any() else ends[n] for n in MEASURES}
+            ends = {n: np.percentile(found[n], [tail, 100 - tail]).tolist() for n in names}
+        return {n: None if np.isnan([*found[n], *ends[n]]).any() else ends[n] for n in names}
 
-    def part(self, documents: np.ndarray) -> "Score":
-        """Return the score of some of the documents."""
-        return Score(*(field[documents] for field in self._fields()))
-
-    def _fields(self) -> tuple[np.ndarray, ...]:
-        return self.nats, self.tokens, self.correct, self.bytes, self.words
+    def _fields(self) -> np.ndarray:
+        """Return what the measures are made of, fp64 [documents with a predicted token, 7]."""
+        scored = self.tokens > 0
+        fields = (self.nats, self.tokens, self.correct, self.bytes, self.words)
+        found = np.stack([field[scored].astype(np.float64) for field in fields], 1)
+        with np.errstate(over="ignore"):
+            own = np.exp(found[:, 0] / found[:, 1])
+        return np.column_stack([found, own, found[:, 2] == found[:, 1]])
 
 
 def perplexity(loss: float) -> float:
@@ -132,22 +136,19 @@ def load_metric(**options: Any) -> evaluate.Metric:
     return evaluate.load(str(Path(__file__).parent / "metrics" / "token_perplexity"), **options)
 
 
-def _measures(sums: np.ndarray, mean_perplexity: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each measure [samples] from sums [samples, 5] in the order of a score's fields."""
-    nats, tokens, correct, size, words = sums.T
+def _measures(sums: np.ndarray, documents: int) -> dict[str, np.ndarray]:
+    """Return each measure [samples] from the sums [samples, 7] of the fields of `documents`."""
+    nats, tokens, correct, size, words, own, exact = sums.T
     loss = nats / tokens
     return {
         "perplexity": np.exp(loss),
-        "mean_perplexity": mean_perplexity,
+        "mean_perplexity": own / documents,
         "bits_per_byte": nats / math.log(2) / np.where(size, size, np.nan),
         "nats_per_token": loss,
         "word_perplexity": np.exp(nats / np.where(words, words, np.nan)),
         "accuracy": correct / tokens,
+        "last_word_accuracy": exact / documents,
     }
-
-
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def _ratio(value: float, count: float) -> float:

@@ -56,6 +56,11 @@ class Processes:
         )
 
     @classmethod
+    def alone(cls) -> "Processes":
+        """Return this process, whatever others there are."""
+        return cls(SimpleNamespace(process_index=0, world_size=1))
+
+    @classmethod
     def existing(cls) -> "Processes":
         """Return those of the process group that there is; without one, this process alone."""
         known = dist.is_available() and dist.is_initialized()

@@ -67,8 +67,15 @@ def read_shard(shard: Shard, source: SourceSection) -> Iterator[Document]:
 
         def joined() -> Iterator[str]:
             between = (source.separator_bytes or b"").decode()
+            parts: list[str] = []
+            size = 0
             for number, row in enumerate(_read_rows(shard, source)):
-                yield (between if number else "") + row.text
+                parts.append((between if number else "") + row.text)
+                size += len(parts[-1])
+                if size >= text_files.WINDOW:  # not row by row: each is copied until it is used
+                    yield "".join(parts)
+                    parts, size = [], 0
+            yield "".join(parts)
 
         yield Document(name, joined)
     else:

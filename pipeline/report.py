@@ -1,7 +1,5 @@
 """What a run leaves to be read: numbers and logs, page, picture and model card; the summary."""
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from pipeline.report_parts import made_from
 from pipeline.run_folder import HISTORY, METRICS, PAGE, PICTURE
 from pipeline.run_record import read_run
 from pipeline.tokenizer import tokenizer_fingerprint
+from pipeline.wording import written
 
 
 def write_report(
@@ -48,8 +47,7 @@ def write_report(
     )
     with artifact.full_disk_said(folder):
         artifact.write_whole(folder / HISTORY, _json_lines(history))
-        text = json.dumps(metrics, indent=1, ensure_ascii=False)
-        artifact.write_whole(folder / METRICS, text, synced=True)
+        artifact.write_whole(folder / METRICS, artifact.as_json(metrics), synced=True)
         record = read_run(folder)
         draw(record.panels, folder / PICTURE)
         card = model_card(record, base_model=_hub_name(recipe.model.pretrained))
@@ -65,9 +63,9 @@ def summary(recipe: Recipe) -> str:
 
     def both(key: str, form: str) -> str:
         test = (
-            f"   (test {format(metrics[f'test_{key}'], form)})" if f"test_{key}" in metrics else ""
+            f"   (test {written(metrics[f'test_{key}'], form)})" if f"test_{key}" in metrics else ""
         )
-        return format(metrics[f"eval_{key}"], form) + test
+        return written(metrics[f"eval_{key}"], form) + test
 
     lines = [
         made_from(record),
@@ -111,12 +109,8 @@ def _interval(metrics: dict[str, Any]) -> list[str]:
 
 
 def _json_lines(history: list[dict[str, Any]]) -> str:
-    """Return a JSON list, a log on each line; JSON knows no NaN and no infinity: null instead."""
-    logs = (
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in log.items()}
-        for log in history
-    )
-    return "[\n" + ",\n".join(map(json.dumps, logs)) + "\n]"
+    """Return a JSON list, a log on each line."""
+    return "[\n" + ",\n".join(artifact.as_json(log, indent=None) for log in history) + "\n]"
 
 
 def _hub_name(pretrained: str | None) -> str | None:

@@ -87,7 +87,8 @@ def measured(
                 blocks[split], batch_size=arguments.eval_batch_size,
                 rank=processes.rank, world_size=processes.count, by_document=True,
             )  # fmt: skip
-            with tqdm(desc=f"{split} in fp32", total=len(batches), delay=2, disable=None) as bar:
+            shown = None if processes.is_main else True
+            with tqdm(desc=f"{split} in fp32", total=len(batches), delay=2, disable=shown) as bar:
 
                 def show_progress(bar: tqdm = bar) -> None:
                     bar.update()

@@ -326,7 +326,7 @@ class EvaluationSection(Section):
     """What is measured besides the held-out loss."""
 
     texts: dict[str, str] = Field(default_factory=dict)
-    """Perplexity of extra texts at each evaluation, as name: file (text, table or folder)."""
+    """Perplexity of extra texts at each evaluation, as name: text file."""
     tokens: int | None = Field(None, ge=2)
     """Held-out tokens scored at each evaluation while training, and of each of evaluation.texts
     (default: all; the final numbers always use all)."""

@@ -1,9 +1,11 @@
 """Models on the same text, side by side: their numbers, the table that is shown, what is kept."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from pipeline.perplexity import MEASURES
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, check_local, read_recipe
 from pipeline.run_folder import CONFIG
-from pipeline.sections import SourceSection
+from pipeline.sections import SourceFields, SourceSection
 from pipeline.sources import documents_of
 from pipeline.tasks import check_tasks, run_tasks
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -49,7 +51,9 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
     joined = options.joined
     if joined is None:  # as in training, unless something is asked that joined texts cannot have
         alone = ("add_start_token", "add_end_token", "packed", "max_length")
-        joined = options.target == "all" and not any(getattr(options, name) for name in alone)
+        asked = any(getattr(options, name) not in (None, False) for name in alone)
+        asked = asked or options.add_start_token is not None
+        joined = options.target == "all" and not asked
     found: dict[str, Any] = {"models": {}}
     for name in options.model:
         model, tokenizer = loaded(name)
@@ -62,12 +66,14 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
             )  # fmt: skip
             numbers = measured.numbers()
             found["text"] = text.identity() | {"joined": joined}
+            numbers["attend_across"] = getattr(model.config, "attend_across", True)
         numbers["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-        if options.tasks and processes.is_main:
-            numbers["tasks"] = run_tasks(
-                model, tokenizer, options.tasks, batch_size=options.batch_size,
+        if options.tasks:
+            run = functools.partial(
+                run_tasks, model, tokenizer, options.tasks, batch_size=options.batch_size,
                 limit=options.tasks_limit,
             )  # fmt: skip
+            numbers["tasks"] = processes.told(run, patiently=True)
         found["models"][name] = numbers
     stated = options.model_dump(mode="json", exclude_unset=True, exclude={"model", "json_"})
     return found | {
@@ -123,17 +129,22 @@ def table(found: dict[str, Any]) -> str:
         text = found["text"]
         how = "laid end to end, as in training" if text["joined"] else "each by itself"
         lines.append(f"{text['source']}: {text['documents']:,} document(s), {how}")
-    shown = {name: _cells(name, models) for name in models}
-    width = max(27, *(len(Path(name).name) + 2 for name in models))
+    shown = {_short(name, models): _cells(name, models) for name in models}
+    rows = list(dict.fromkeys(row for cells in shown.values() for row in cells))
+    beside = max(map(len, rows)) + 2
+    widths = {
+        name: max(len(name) + 2, *(len(cells.get(row, "-")) + 2 for row in rows))
+        for name, cells in shown.items()
+    }
     if len(models) > 1:
-        lines.append(" " * 20 + "".join(f"{_short(name, models):>{width}}" for name in models))
-    for row in dict.fromkeys(row for cells in shown.values() for row in cells):
-        cells = "".join(f"{cells.get(row, '-'):>{width}}" for cells in shown.values())
-        lines.append(f"{row:<20}{cells}")
+        lines.append(" " * beside + "".join(f"{name:>{widths[name]}}" for name in shown))
+    for row in rows:
+        cells = (f"{cells.get(row, '-'):>{widths[name]}}" for name, cells in shown.items())
+        lines.append(f"{row:<{beside}}{''.join(cells)}")
     intervals = [numbers.get("confidence_intervals") or {} for numbers in models.values()]
     if "text" in found and any(ends for each in intervals for ends in each.values()):
         notes.append("in brackets: 95 % intervals, by bootstrap over the documents")
-        if text["documents"] < FEW_DOCUMENTS:
+        if min(numbers["documents"] for numbers in models.values()) < FEW_DOCUMENTS:
             notes.append(f"with fewer than {FEW_DOCUMENTS} documents they are too narrow")
     elif "text" in found:
         notes.append("one document: no interval (it says nothing of others)")
@@ -143,6 +154,11 @@ def table(found: dict[str, Any]) -> str:
             notes.append(
                 "the tokenizers differ: what is per token cannot be compared, bits per byte and "
                 "word perplexity can"
+            )
+        if not _same_boundaries(models):
+            notes.append(
+                "the models were trained differently where texts meet (attend_across) and are "
+                "scored so, over other tokens: nothing is marked"
             )
     return "\n".join([*lines, *(f"({note})" for note in notes)])
 
@@ -171,21 +187,27 @@ def write(found: dict[str, Any], path: str | None) -> None:
     """Keep the numbers as JSON, if a path is given."""
     if path is not None:
         with artifact.full_disk_said(Path(path).parent):
-            artifact.write_whole(Path(path), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            artifact.write_whole(Path(path), artifact.as_json(found) + "\n")
 
 
 def _held_out(run: Path, split: str) -> tuple[int, Iterator[Iterator[str]]]:
     """Return the held-out text of a run, put together again from its rows, and its bytes."""
     if not (run / CONFIG).exists():
         raise InputError(f"--held_out {run}: no run of ours ({CONFIG} is missing)")
-    recipe = read_recipe(run / CONFIG)
-    folder = recipe.blocks_dir if recipe.blocks_dir.exists() else run / "blocks"
-    manifest = artifact.read_manifest(folder)
-    if manifest is None:
-        raise InputError(f"--held_out {run}: its rows are gone ({folder})")
+    folder = run / "blocks"
+    if artifact.read_manifest(folder) is None:
+        folder = read_recipe(run / CONFIG).blocks_dir
+    if (damage := artifact.damage(folder, contents=False)) is not None:
+        raise InputError(f"--held_out {run}: its prepared rows are not whole: {damage}")
+    manifest, tokenizer = artifact.read_manifest(folder), load_tokenizer(str(run))
+    if manifest["made_from"]["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"--held_out {run}: the rows in {folder} are another run's: they were made with "
+            "another tokenizer"
+        )
     if not manifest["facts"][split]["rows"]:
         raise InputError(f"--held_out {run}: has no {split} text; take the other --split")
-    texts = held_out_texts(Rows.open(folder, split), load_tokenizer(str(run)))
+    texts = held_out_texts(Rows.open(folder, split), tokenizer)
     return manifest["facts"][split]["bytes"], (iter([text]) for text, _ in texts)
 
 
@@ -210,18 +232,22 @@ def _cells(name: str, models: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def _mark(measure: str, name: str, models: dict[str, dict[str, Any]]) -> str:
     """Return "*" for the best model, "<" where it is surely not; "" where that cannot be said."""
-    if measure not in COMPARABLE and not _same_tokenizer(models):
-        return "  "
+    if not _same_boundaries(models) or measure not in COMPARABLE and not _same_tokenizer(models):
+        return ""
     sign = 1 if LOWER_IS_BETTER[measure] else -1
     known = {n: sign * m[measure] for n, m in models.items() if m.get(measure) is not None}
     best = min(known, key=known.get)
-    if name == best:
+    if known[name] == known[best]:
         return " *"
     ends = [models[n].get("confidence_intervals", {}).get(measure) for n in (name, best)]
     if None in ends:
         return "  "
     (low, high), (best_low, best_high) = ends
     return " <" if high < best_low or low > best_high else "  "
+
+
+def _same_boundaries(models: dict[str, dict[str, Any]]) -> bool:
+    return len({numbers.get("attend_across") for numbers in models.values()}) == 1
 
 
 def _same_tokenizer(models: dict[str, dict[str, Any]]) -> bool:
@@ -236,8 +262,9 @@ def _short(name: str, models: dict[str, dict[str, Any]]) -> str:
 @contextlib.contextmanager
 def said_as_options() -> Iterator[None]:
     """Let sentences about a recipe's `data.` speak of the door's options of the same names."""
+    names = "|".join(SourceFields.model_fields)
     try:
         yield
     except InputError as error:
-        said = str(error).replace("--data.", "--").replace("data.", "--")
+        said = re.sub(rf"(?<![\w./-])(?:--)?data\.({names})\b", r"--\1", str(error))
         raise InputError(said) from None

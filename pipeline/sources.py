@@ -12,7 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet
 
@@ -114,19 +114,6 @@ def documents_of(source: SourceSection) -> tuple[int, Iterator[Document]]:
                 yield document._replace(read=functools.partial(_windows, document))
 
     return size, documents()
-
-
-def named_text(file: str, *, errors: Literal["strict", "replace"]) -> list[str]:
-    """Return the documents of a file of `evaluation.texts`, those that are not empty.
-
-    Raises:
-        InputError: it is missing, no text, or empty.
-    """
-    _, found = documents_of(SourceSection(files=[file], errors=errors))
-    texts = [text for document in found if (text := document.text)]
-    if not texts:
-        raise InputError(f"evaluation.texts: {file}: the file is empty")
-    return texts
 
 
 def _windows(document: Document) -> Iterator[str]:

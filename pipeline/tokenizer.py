@@ -254,17 +254,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # network, name, file format
         raise not_loaded(name, "tokenizer", error) from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{name}: this tokenizer has no end-of-text token (eos_token)")
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{name}: only fast tokenizers (tokenizer.json) can be used")
+    check_tokenizer(tokenizer, name)
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """See that a tokenizer is of the kind that everything here is made for.
+
+    Raises:
+        InputError: it is not byte-level BPE, or it has no end-of-text token.
+    """
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise InputError(f"{name}: this tokenizer has no end-of-text token (eos_token)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{name}: only fast tokenizers (tokenizer.json) can be used")
     if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         raise InputError(f"{name}: only byte-level BPE tokenizers, as GPT-2's, can be used")
-    return tokenizer
 
 
 def _load_quickly(name: str) -> PreTrainedTokenizerBase | FolderTokenizer:

@@ -255,7 +255,7 @@ class PretrainingTrainer(EvaluatingTrainer):
                 if self.train_dataset.is_stream
                 else f"{updates * self._rows_per_update / rows:.2f} times the training text"
             ),
-            f"evaluation: {self.eval_dataset.scored_tokens:,} held-out tokens"
+            f"each evaluation: {self.eval_dataset.scored_tokens:,} held-out tokens"
             + "".join(f", {rows.scored_tokens:,} of {name}" for name, rows in self._texts.items())
             + f" = {scored / self.recipe.tokens_per_update / 3:.1f} updates' worth of products",
             f"machine: {device_name(arguments.device)}, {torch.get_num_threads()} threads, "

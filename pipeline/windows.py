@@ -18,6 +18,7 @@ from pipeline.blocks import NO_LABEL, Rows
 from pipeline.encoder import Encoder
 from pipeline.held_out import document_numbers
 from pipeline.row_file import RowFile
+from pipeline.text_files import safe_windows
 from pipeline.tokenizer import token_bytes
 
 # Characters that are encoded together, and tokens whose windows are sorted by length together: few
@@ -46,7 +47,8 @@ class WindowOptions:
     packed: bool = False
     """Several windows share a row, attention kept within each, instead of being filled up."""
     max_length: int | None = None
-    """Tokens of a text, the start token included, after which the rest is left out."""
+    """Tokens of a text, the start token included, after which the rest is left out; of a text that
+    is cut no end is predicted."""
     target: Literal["all", "last_word"] = "all"
     """last_word: only the tokens of each text's last word are scored."""
     prepare: Callable[[str], str] | None = None
@@ -67,6 +69,8 @@ class _Piece(NamedTuple):
     ids: np.ndarray
     begins: bool
     ends: bool
+    is_cut: bool = False
+    """Whether the rest of the text is left out."""
     scored: int | None = None
     """Of its last tokens, with target last_word."""
 
@@ -79,7 +83,8 @@ class TextBatches:
     Attributes:
         bytes: UTF-8 bytes of each text's scored tokens.
         words: white-space separated words of which at least a part is scored, of each text.
-        truncated: texts that were cut at `max_length`.
+        truncated: texts that were cut at `max_length`, or of which, with target last_word, the
+            beginning does not fit into the window.
     """
 
     def __init__(
@@ -96,7 +101,7 @@ class TextBatches:
         """Take texts, whole or in pieces that tokenise as the whole does.
 
         Args:
-            batch_size: windows in a batch; of shorter ones as many as have the tokens of so many.
+            batch_size: windows in a batch; of shorter ones as many as have as many tokens.
             after_read: is told the bytes of each piece of text that was read.
         """
         self.bytes: list[int] = []
@@ -107,7 +112,7 @@ class TextBatches:
         self._encoder = Encoder(tokenizer.backend_tokenizer.to_str()).open()
         self._end, self._lengths = tokenizer.eos_token_id, token_bytes(tokenizer)
         self._length = 0  # tokens of the text that is being read
-        self._has_begun = False  # whether there was a token yet
+        self._has_begun = self._has_any = False  # whether it, or any text, has a token yet
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batches = self._of_all() if self._options.joined else self._of_each()
@@ -126,7 +131,10 @@ class TextBatches:
             options = self._options
             if not isinstance(text, str) and (options.prepare or options.target == "last_word"):
                 text = "".join(text)
-            parts = iter([text]) if isinstance(text, str) else text
+            if isinstance(text, str):
+                is_long = len(text) > ENCODED_TOGETHER
+                text = safe_windows(iter([text]), f"text {document}") if is_long else iter([text])
+            parts = text
             part, begins = next(parts, ""), True
             while part is not None:
                 following = next(parts, None)
@@ -146,26 +154,30 @@ class TextBatches:
             return
         found = self._encoder.encode([prepare(part[1]) for part in parts])
         for (document, text, begins, ends), ids in zip(parts, found, strict=True):
-            content = text.encode()
+            content, is_cut = text.encode(), False
             self._after_read(len(content))
+            if begins:
+                self._length, self._has_begun = int(options.start_token), False
             if options.max_length is not None:
-                before = self._length = int(options.start_token) if begins else self._length
+                before = self._length
                 self._length += len(ids)
-                if self._length > options.max_length:
+                if is_cut := self._length > options.max_length:
                     self.truncated += before <= options.max_length
                     ids = ids[: max(0, options.max_length - before)]
                     content = content[: int(self._lengths[ids].sum())]
-            if len(ids) and begins and self._lacks_context():
-                content = content[int(self._lengths[ids[0]]) :]
-            self._has_begun = self._has_begun or len(ids) > 0
+            if len(ids) and not self._has_begun:
+                if self._lacks_context():
+                    content = content[int(self._lengths[ids[0]]) :]
+                self._has_begun = self._has_any = True
             self.bytes[document] += len(content)
             self.words[document] += len(content.decode(errors="replace").split())
-            yield _Piece(document, ids, begins, ends)
+            yield _Piece(document, ids, begins, ends, is_cut)
 
     def _last_words(self, texts: list[tuple[int, str]]) -> Iterator[_Piece]:
         bare = [text.rstrip() for _, text in texts]
+        cuts = [len(text) - len((text.split() or [""])[-1]) for text in bare]
         # The space before a word is a part of its first token.
-        cuts = [max(0, len(text) - len((text.split() or [""])[-1]) - 1) for text in bare]
+        cuts = [c - (t[c - 1 : c] == " ") for t, c in zip(bare, cuts, strict=True)]
         words = [text[cut:] for text, cut in zip(bare, cuts, strict=True)]
         before = self._encoder.encode([t[:cut] for t, cut in zip(bare, cuts, strict=True)])
         for (document, text), word, context, ids in zip(
@@ -174,12 +186,16 @@ class TextBatches:
             self._after_read(len(text.encode()))
             if len(ids) and (len(context) or self._options.start_token):
                 self.bytes[document], self.words[document] = len(word.encode()), 1
-                yield _Piece(document, np.append(context, ids), True, True, len(ids))
+                all_ids = np.append(context, ids)
+                self.truncated += (
+                    len(all_ids) + self._options.start_token > self._options.block_size
+                )
+                yield _Piece(document, all_ids, True, True, scored=len(ids))
 
     def _lacks_context(self) -> bool:
         """Whether the first token of the text that begins now is not scored."""
         if self._options.joined:
-            return self._options.apart or not self._has_begun
+            return self._options.apart or not self._has_any
         return not self._options.start_token
 
     # -- each by itself ---------------------------------------------------------------------------
@@ -207,9 +223,10 @@ class TextBatches:
             has_text = has_text or len(piece.ids) > 0
             held = np.concatenate([held, piece.ids])
             if piece.scored is not None:
-                held = held[-block_size:]
-                context = max(1, len(held) - piece.scored)
-            elif piece.ends and options.end_token and has_text:
+                # A word that is longer than a window is scored in several.
+                held = held[-max(block_size, piece.scored + 1) :]
+                context = len(held) - piece.scored
+            elif piece.ends and options.end_token and has_text and not piece.is_cut:
                 held = np.append(held, end)
             while len(held) >= block_size:
                 yield _Window(held[:block_size], context, piece.document)

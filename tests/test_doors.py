@@ -415,7 +415,7 @@ def write_bad_texts(folder: Path) -> None:
         ("--model.config.n_head 3", "32 is not a multiple of n_head 3"),
         ("--tokenizer.vocab_size null --tokenizer.pretrained .", "no tokenizer in"),
         ("--resume must", "no whole checkpoint in"),
-        ("--evaluation.texts {book:\u00a0nowhere.txt}", "nowhere.txt: no such file"),
+        ("--evaluation.texts {book:\u00a0nowhere.txt}", "nowhere.txt: cannot be read"),
         ("--model.attn_implementation flsh", "model.attn_implementation: "),
         (
             "--model.pretrained . --model.config null --tokenizer.vocab_size null",

@@ -9,7 +9,13 @@ import oracle
 import pytest
 import torch
 from conftest import WORDS
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 from pipeline.measuring import loaded, measure_texts
 from pipeline.model import build_model
@@ -425,3 +431,130 @@ def test_models_and_tokenizers_that_do_not_belong_together(tiny_model, tokenizer
         loaded(str(tmp_path))
     with pytest.raises(InputError, match="give model: a loaded model, a folder or a Hub name"):
         load_metric().compute(predictions=["a"])
+
+
+# -- corners ---------------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_cut_does_not_end(model, tokenizer):
+    options = {"max_length": 5, "add_end_token": True}
+    found = measure_texts(["the model reads text and learns"], model, tokenizer, **options)
+    assert found.score.tokens.tolist() == [4] and found.truncated == 1
+    short = measure_texts(["a"], model, tokenizer, **options)
+    assert short.score.tokens.tolist() == [2] and short.truncated == 0
+
+
+def test_an_empty_piece_begins_no_text(model, tokenizer):
+    whole = measure_texts(["the model reads"], model, tokenizer, add_start_token=False)
+    for joined in (False, True):
+        options = {"joined": True} if joined else {"add_start_token": False}
+        pieces = measure_texts([iter(["", "the model", " reads"])], model, tokenizer, **options)
+        assert pieces.score.bytes.tolist() == whole.score.bytes.tolist()
+
+
+def test_a_giant_text_is_encoded_in_pieces(model, tokenizer, beginnings, monkeypatch):
+    text = " ".join(beginnings)
+    whole = measure_texts([text], model, tokenizer).numbers()
+    monkeypatch.setattr("pipeline.text_files.WINDOW", 300)
+    monkeypatch.setattr("pipeline.windows.ENCODED_TOGETHER", 300)
+    pieces = measure_texts([text], model, tokenizer).numbers()
+    assert pieces["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-6)
+    assert [pieces[n] for n in ("tokens", "bytes", "words")] == [
+        whole[n] for n in ("tokens", "bytes", "words")
+    ]
+
+
+def test_a_last_word_longer_than_the_window_is_scored_whole(model, tokenizer):
+    word = "東京" * 20
+    ids = oracle.ids_of(f" {word}", tokenizer)
+    found = measure_texts([f"the {word}"], model, tokenizer, target="last_word")
+    assert found.score.tokens.tolist() == [len(ids)] and len(ids) > 16
+    assert found.score.bytes.tolist() == [len(word.encode()) + 1] and found.truncated == 1
+
+
+def test_what_stands_before_a_last_word_is_context(model, tokenizer):
+    one = measure_texts(["the model\nreads"], model, tokenizer, target="last_word")
+    assert one.score.bytes.tolist() == [5]  # the line feed is no part of the word
+    other = measure_texts(["the model  reads "], model, tokenizer, target="last_word")
+    assert other.score.bytes.tolist() == [6]
+
+
+def test_the_accuracy_of_last_words_has_an_interval(model, tokenizer, beginnings):
+    found = measure_texts(beginnings, model, tokenizer, target="last_word").numbers()
+    low, high = found["confidence_intervals"]["last_word_accuracy"]
+    assert low <= found["last_word_accuracy"] <= high
+
+
+def test_a_giant_perplexity_is_no_nan(model, tokenizer):
+    """Few white spaces: so many nats a word that no float holds the perplexity."""
+    texts = ["東京" * 150 + "a" * n for n in range(1, 6)]
+    found = measure_texts(texts, model, tokenizer).numbers()
+    ends = found["confidence_intervals"]["word_perplexity"]
+    assert found["word_perplexity"] == math.inf and (ends is None or not np.isnan(ends).any())
+
+
+def test_models_that_cannot_be_scored_are_one_sentence(tiny_model, tokenizer, texts, tmp_path):
+    masked = BertLMHeadModel(
+        BertConfig(
+            vocab_size=384,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )  # fmt: skip
+    )
+    with pytest.raises(InputError, match="a bert sees the tokens after the one that it predicts"):
+        measure_texts(["abc"], masked, tokenizer)
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, eos_token_id=0,
+    )  # fmt: skip
+    llama = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="packed is for GPT-2.*this is a llama: leave it out"):
+        measure_texts(["abc"], llama, tokenizer, packed=True)
+    with pytest.raises(InputError, match="is not the one in .*, where the model is from"):
+        tiny_model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        other = train_tokenizer([t.upper() for t in texts], vocab_size=380)
+        measure_texts(["abc"], GPT2LMHeadModel.from_pretrained(tmp_path), other)
+    with torch.no_grad():
+        tiny_model.transformer.ln_f.bias[0] = math.nan
+    with pytest.raises(InputError, match="probabilities are not numbers"):
+        measure_texts(["abc"], tiny_model, tokenizer)
+
+
+def test_too_little_memory_is_one_sentence(tiny_model, tokenizer, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    monkeypatch.setattr(tiny_model.transformer, "forward", full)
+    with pytest.raises(InputError, match="batch_size 8 x block_size 16: so many tokens in one"):
+        measure_texts(["abc"], tiny_model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"predictions": {"a": "b"}}, "predictions is a dict; give a list of texts"),
+        ({"predictions": 3}, "predictions is a int; give a list of texts"),
+        ({"model": 3}, "model is 3: give a loaded model, a folder or a Hub name"),
+        ({"model": None}, "model is None: give a loaded model"),
+        ({"stride": "3"}, "stride is '3': give a whole number of tokens"),
+        ({"stridee": 3}, "stridee: unknown option; did you mean stride?"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: a forward pass takes at least one window"),
+    ],
+)
+def test_what_the_metric_cannot_take_is_one_sentence(tiny_model, tokenizer, given, sentence):
+    options = {"predictions": ["a b"], "model": tiny_model, "tokenizer": tokenizer} | given
+    with pytest.raises(InputError) as caught:
+        load_metric().compute(**options)
+    assert sentence in str(caught.value)
+
+
+def test_texts_that_come_bit_by_bit_are_checked_too(tiny_model, tokenizer):
+    metric = load_metric()
+    metric.add_batch(predictions=["ab", None])
+    with pytest.raises(InputError, match=r"predictions\[1\] is None and not text"):
+        metric.compute(model=tiny_model, tokenizer=tokenizer)
+    texts = (text for text in ["ab", "the model"])
+    assert load_metric().compute(predictions=texts, model=tiny_model, tokenizer=tokenizer)

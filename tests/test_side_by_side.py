@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from pipeline import measure_perplexity
 from pipeline.measuring import measure_texts
 from pipeline.model import build_model, load_model
 from pipeline.recipe import InputError, ModelSection
-from pipeline.side_by_side import check_target, table
+from pipeline.side_by_side import check_target, said_as_options, table, write
 from pipeline.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -358,3 +359,68 @@ def test_the_command_for_lambada(models, tmp_path, capsys):
         exact.append(all(hit for _, hit in each))
     assert math.log(found["word_perplexity"]) == pytest.approx(nats / 2, rel=1e-6)
     assert found["last_word_accuracy"] == sum(exact) / 2
+
+
+# -- corners ---------------------------------------------------------------------------------------
+
+
+def test_the_text_of_a_run_is_its_own_wherever_the_run_lies(run_copy, finished_run, capsys):
+    """The saved recipe names the folder in which the run was made."""
+    rows = run_copy / "blocks" / "validation.arrow"
+    first = shown(capsys, "--model", str(run_copy), "--held_out", str(run_copy))
+    assert first.replace(str(run_copy), "") == shown(
+        capsys, "--model", str(run_copy), "--held_out", str(finished_run)
+    ).replace(str(finished_run), "")
+    rows.unlink()
+    with pytest.raises(InputError, match="its prepared rows are not whole: .*validation.arrow is"):
+        measure_perplexity.main(["--model", str(run_copy), "--held_out", str(run_copy)])
+
+
+def test_rows_of_another_tokenizer_are_not_the_run_s(models, run_copy):
+    for path in run_copy.glob("tokenizer*.json"):
+        shutil.copy(f"{models['c']}/{path.name}", path)
+    with pytest.raises(InputError, match="are another run's: they were made with another tok"):
+        measure_perplexity.main(["--model", models["c"], "--held_out", str(run_copy)])
+
+
+def test_models_that_see_texts_differently_are_not_marked(models, files, tmp_path, capsys):
+    apart = tmp_path / "apart"
+    shutil.copytree(models["a"], apart)
+    config = json.loads((apart / "config.json").read_text()) | {"attend_across": False}
+    (apart / "config.json").write_text(json.dumps(config))
+    out = shown(capsys, "--model", models["a"], str(apart), "--files", str(files))
+    assert "*" not in out.replace("(* best", "") and "over other tokens: nothing is marked" in out
+
+
+def test_a_start_token_that_is_not_wanted_means_texts_by_themselves(models, files, capsys):
+    first = ["--model", models["a"], "--files", str(files)]
+    assert "each by itself" in shown(capsys, *first, "--add_start_token", "false")
+
+
+def test_sentences_speak_of_options_and_leave_paths_alone():
+    with pytest.raises(InputError) as caught, said_as_options():
+        raise InputError(
+            "a/data.files/metadata.csv: set data.text_column, or --data.errors replace"
+        )
+    said = "a/data.files/metadata.csv: set --text_column, or --errors replace"
+    assert str(caught.value) == said
+
+
+def test_what_is_kept_is_json_whatever_the_numbers(tmp_path):
+    write({"a": math.inf, "b": [math.nan, 1.5]}, str(tmp_path / "n.json"))
+    found = json.loads((tmp_path / "n.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5]}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--files", "a.txt", "--split", "test"],
+        ["--files", "a.txt", "--tasks_limit", "3"],
+        ["--files", "a.txt", "--dataset_config", "x"],
+        ["--held_out", "run", "--errors", "replace"],
+    ],
+)
+def test_options_without_a_meaning_are_refused(argv):
+    with pytest.raises(InputError, match=f"{argv[2]} has no meaning with these options"):
+        measure_perplexity.main(["--model", "m", *argv])

@@ -628,7 +628,7 @@ def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
         ({"training.torch_compile_backend": "nope"}, "torch_compile_backend: 'nope' is not one of"),
         ({"training.optim": "adamw_bnb_8bit"}, "training: .*bitsandbytes"),
         ({"training.dataloader_num_workers": -1}, "dataloader_num_workers: must be at least 0"),
-        ({"evaluation.texts": {"book": "nowhere.txt"}}, "nowhere.txt: no such file"),
+        ({"evaluation.texts": {"book": "nowhere.txt"}}, "nowhere.txt: cannot be read"),
         ({"training.max_steps": 0}, "training.max_steps: must be at least 1; got 0"),
         (
             {"training.num_train_epochs": 0, "training.max_steps": None},
