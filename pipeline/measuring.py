@@ -136,7 +136,10 @@ def measure_texts(
     if not sums.tokens.sum():
         raise InputError(_nothing(len(batches.bytes), options))
     if np.isnan(sums.nats).any():
-        raise InputError("the model's probabilities are not numbers (NaN): its weights are damaged")
+        raise InputError(
+            f"{model.config._name_or_path or 'model'}: its probabilities are not numbers (NaN); "
+            "its weights are damaged, take an earlier checkpoint"
+        )
     scored = sums.tokens > 0
     if (left := int((~scored).sum())) and processes.is_main:
         logger.warning(

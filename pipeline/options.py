@@ -103,10 +103,13 @@ class MeasureOptions(SourceFields):
             )
         if len({name.rstrip("/") for name in self.model}) < len(self.model):
             raise ValueError("--model names the same model twice")
+        if len(set(self.files or [])) < len(self.files or []):
+            raise ValueError("--files names the same file twice")
         stated = self.model_fields_set
         ignored = {
             "split": self.held_out is None,
             "tasks_limit": not self.tasks,
+            **{n: not self.has_text for n in ("stride", "block_size", "target", "joined")},
             **{n: self.held_out is not None for n in SourceFields.model_fields},
             **{n: self.dataset is None for n in SourceFields.model_fields if "dataset_" in n},
         }

@@ -66,6 +66,8 @@ def check_local(name: str, kind: str, file: str) -> None:
         InputError: `name` is a folder without `file`, or lies in a folder that has no such one.
     """
     path = Path(name)
+    if path.is_file():
+        raise InputError(f"{name}: is a file; give its folder, {path.parent}")
     if path.exists():
         if not (path / file).exists():
             raise InputError(f"{name}: no {kind} in this folder ({file} is missing)")

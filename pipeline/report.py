@@ -14,6 +14,7 @@ from pipeline.report_page import run_page
 from pipeline.report_parts import made_from
 from pipeline.run_folder import HISTORY, METRICS, PAGE, PICTURE
 from pipeline.run_record import read_run
+from pipeline.tasks import sentence
 from pipeline.tokenizer import tokenizer_fingerprint
 from pipeline.wording import written
 
@@ -74,6 +75,7 @@ def summary(recipe: Recipe) -> str:
         f"perplexity     {both('perplexity', '.2f')}",
         f"bits per byte  {both('bits_per_byte', '.4f')}",
         *_interval(metrics),
+        *(f"task           {sentence(t, n)}" for t, n in metrics.get("tasks", {}).items()),
         f"speed          {metrics['train_tokens_per_second']:,.0f} tokens/s; "
         f"{metrics['train_tokens']:,} tokens in {metrics['train_seconds']:.0f} s, with the first "
         f"update ({metrics['compile_seconds']:.0f} s), evaluations and checkpoints",

@@ -52,6 +52,11 @@ def write_pages(runs: list[str], html: str | None) -> Path:
         if folder.resolve() in [other.resolve() for other in folders[:number]]:
             raise InputError(f"--runs {folder}: is named twice; name different runs")
     records = [read_run(folder) for folder in folders]
+    pages = [(folder / PAGE).resolve() for folder in folders]
+    if html is not None and len(folders) > 1 and Path(html).resolve() in pages:
+        raise InputError(f"--html {html}: is the page of one run; give the comparison another name")
+    if html is not None and Path(html).suffix != ".html":
+        raise InputError(f"--html {html}: is a page; give it a name that ends in .html")
     default = folders[0] / PAGE if len(folders) == 1 else Path(COMPARISON)
     target = default if html is None else Path(html)
     _check_target(target)

@@ -151,7 +151,12 @@ def _results(record: RunRecord) -> Part | None:
         have[f"{p}_confidence_intervals"] for p in splits if f"{p}_confidence_intervals" in have
     ]
     if any(ends is not None for found in known for ends in found.values()):
-        notes.append("In brackets: 95 % intervals, by a bootstrap over documents.")
+        few = min(have.get(f"{prefix}_documents", 0) for prefix in splits) < 20
+        notes.append(
+            "In brackets: 95 % intervals for other documents like these (by a bootstrap over the "
+            "documents), not for another seed"
+            + ("; with fewer than 20 documents they are too narrow." if few else ".")
+        )
     for prefix, name in splits.items():
         if have.get(f"{prefix}_documents") == 1 and f"{prefix}_confidence_intervals" in have:
             notes.append(f"The {name} text is one document: no interval.")
@@ -182,6 +187,11 @@ def _curves(record: RunRecord) -> Part:
         sentences.append("There are no logs in this folder, and so no curves.")
     scored = (record.recipe.get("evaluation") or {}).get("tokens")
     notes = [f"While training, at most {scored:,} held-out tokens are scored."] if scored else []
+    if any(panel.title == "Bits per byte" for panel in drawn):
+        notes.append(
+            "Bits per byte while training take the training text's bytes per token as a whole: "
+            "compare the loss, not these, with held-out text."
+        )
     is_warning = record.verdict.kind in ("overfitting", "unstable")
     return Part("Curves", sentences, is_warning, panels=drawn, notes=notes)
 

@@ -105,8 +105,12 @@ def _results(records: list[RunRecord]) -> list[list[str]]:
 def _marks(records: list[RunRecord], prefix: str, key: str) -> list[str]:
     """Return of each run whether it is the best, and whether it is surely not."""
     values = [record.metrics.get(f"{prefix}_{key}") for record in records]
+    # An unfinished run has measured a part of the text only.
+    measured = {record.metrics.get(f"{prefix}_bytes") for record in records}
+    if len(measured) > 1 or not all(map(finite, values)):
+        return [""] * len(records)
     pick = max if key in HIGHER_IS_BETTER else min
-    best = pick(filter(finite, values))
+    best = pick(values)
     known = [
         (record.metrics.get(f"{prefix}_confidence_intervals") or {}).get(key) for record in records
     ]

@@ -149,7 +149,8 @@ def table(found: dict[str, Any]) -> str:
     elif "text" in found:
         notes.append("one document: no interval (it says nothing of others)")
     if len(models) > 1 and "text" in found:
-        notes.append("* best; < its interval does not overlap with the best one's")
+        known = any(ends for each in intervals for ends in each.values())
+        notes.append("* best" + "; < its interval does not overlap with the best one's" * known)
         if not _same_tokenizer(models):
             notes.append(
                 "the tokenizers differ: what is per token cannot be compared, bits per byte and "

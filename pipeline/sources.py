@@ -134,6 +134,8 @@ def streamed_identity(source: SourceSection) -> str:
 
 
 def _found(item: str) -> list[tuple[str, Path]]:
+    if not item:
+        raise InputError("data.files: an empty name; name a file, a folder or a pattern")
     if item in (STANDARD_LIBRARY, PACKAGES):
         library = item == STANDARD_LIBRARY
         root = Path(sysconfig.get_path("stdlib" if library else "purelib"))

@@ -78,6 +78,11 @@ def check_file(name: str) -> None:
         raise InputError(f"{name}: is a group of tasks; give the files of its tasks instead")
     if not isinstance(config.get("task"), str):
         raise InputError(f"{name}: task: is missing; it is what the task is called")
+    if config["task"] in known_names():
+        raise InputError(
+            f"{name}: task: {config['task']!r} is the name of one of lm-eval's own tasks; call "
+            "yours otherwise"
+        )
     if "class" in config:
         return  # a task in Python has rules of its own
     for key in config:

@@ -210,9 +210,25 @@ def _loaded(name: str) -> dict[str, Any]:
             raise InputError(f"task {name}: cannot be read: {described(error)}") from None
     for task_name, task in loaded["tasks"].items():
         check_safe(task_name, {"unsafe_code": getattr(task, "UNSAFE_CODE", False)})
+        if file is not None:
+            _check_answers(name, task)
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return loaded
+
+
+def _check_answers(name: str, task: Any) -> None:
+    """See that the answers of one's own task are among its choices: lm-eval counts others wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return
+    for row, doc in enumerate(task.eval_docs):
+        answer, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+        given = answer if isinstance(answer, list) else [answer]
+        if not all(a in choices or isinstance(a, int) and 0 <= a < len(choices) for a in given):
+            raise InputError(
+                f"{name}: doc_to_target of row {row} is {answer!r}, which is none of its "
+                f"{len(choices)} choices ({', '.join(map(str, choices))}) nor the place of one"
+            )
 
 
 @functools.cache

@@ -142,6 +142,11 @@ class PretrainingTrainer(EvaluatingTrainer):
                 lambda: measured_tasks(self.recipe, self.args, self.processing_class),
                 patiently=True,
             )
+            found = {
+                f"eval_task_{t}_{m}": v for t, n in metrics["tasks"].items() for m, v in n.items()
+            }
+            place = {"step": self.state.global_step, "tokens_seen": self._tokens_seen}
+            self.state.log_history.append(found | place)  # the reporters have closed
         metrics |= {
             "updates": self.state.global_step,
             "train_tokens": self._tokens_seen,

@@ -519,7 +519,7 @@ def test_models_that_cannot_be_scored_are_one_sentence(tiny_model, tokenizer, te
         measure_texts(["abc"], GPT2LMHeadModel.from_pretrained(tmp_path), other)
     with torch.no_grad():
         tiny_model.transformer.ln_f.bias[0] = math.nan
-    with pytest.raises(InputError, match="probabilities are not numbers"):
+    with pytest.raises(InputError, match="its probabilities are not numbers"):
         measure_texts(["abc"], tiny_model, tokenizer)
 
 

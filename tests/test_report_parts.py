@@ -35,7 +35,7 @@ def test_the_parts_come_in_their_order_and_say_what_was_asked(tmp_path):
     assert results["bits per byte"] == ["1.7500 (1.7000 to 1.8000)", "1.8000"]
     assert results["next token right"] == ["31.00%", NOTHING]
     notes = " ".join(parts["Results on held-out text"].notes)
-    assert "95 % intervals, by a bootstrap" in notes
+    assert "95 % intervals for other documents like these (by a bootstrap" in notes
     assert "The test text is one document: no interval." in notes
     assert rows_of(parts["Tasks"]) == {"arc": ["acc", "0.25 \N{PLUS-MINUS SIGN} 0.02", "1,000"]}
     assert [label for label, _ in parts["What it wrote"].texts] == [

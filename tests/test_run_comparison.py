@@ -38,6 +38,15 @@ def test_the_best_and_the_surely_worse_are_marked(make):
     assert warnings(records) == []
 
 
+def test_numbers_of_different_parts_of_a_text_are_not_compared(make):
+    records = [make("a", eval_bytes=100), make("b", eval_bits_per_byte=1.0)]
+    rows = rows_of(records, "Results on held-out text")
+    assert not any(BEST in cell for name, row in rows.items() for cell in row if "valid" in name)
+    alone = [make("c"), make("d", eval_accuracy=None)]
+    found = rows_of(alone, "Results on held-out text")["validation: next token right"]
+    assert not any(BEST in cell for cell in found)
+
+
 def test_of_accuracy_the_highest_is_best(make):
     records = [make("a", eval_accuracy=0.3), make("b", eval_accuracy=0.4)]
     found = rows_of(records, "Results on held-out text")["validation: next token right"]

@@ -220,6 +220,9 @@ def test_tasks_alone_need_no_text(models, capsys, monkeypatch):
         (["--model", "A", "--files", "x", "--held_out", "y"], "give the text by exactly one of"),
         (["--files", "x"], "--model is required"),
         (["--model", "A", "A", "--files", "x"], "--model names the same model twice"),
+        (["--model", "A", "--files", "a.txt", "a.txt"], "--files names the same file twice"),
+        (["--model", "A", "--files", ""], "--files: an empty name; name a file, a folder or"),
+        (["--model", "a.txt", "--files", "a.txt"], "a.txt: is a file; give its folder, ."),
         (["--model", "A", "--files", "nowhere.txt"], "nowhere.txt: no such file; looked in"),
         (["--model", "A", "--files", "empty.txt"], "empty.txt: the file is empty"),
         (["--model", "A", "--files", "bytes.txt"], "--errors replace"),
@@ -419,6 +422,7 @@ def test_what_is_kept_is_json_whatever_the_numbers(tmp_path):
         ["--files", "a.txt", "--tasks_limit", "3"],
         ["--files", "a.txt", "--dataset_config", "x"],
         ["--held_out", "run", "--errors", "replace"],
+        ["--tasks", "hellaswag", "--stride", "3"],
     ],
 )
 def test_options_without_a_meaning_are_refused(argv):

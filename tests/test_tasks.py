@@ -712,3 +712,18 @@ def test_of_several_processes_one_runs_them_and_the_others_wait(smoke_recipe, tm
     assert steps == [3]
     numbers = json.loads((folder / "metrics.json").read_text())["tasks"]
     assert set(numbers) == {"choice", "last"} and 0 <= numbers["choice"]["acc"] <= 1
+
+
+def test_answers_that_are_no_choices_are_refused(folder, questions):
+    """lm-eval counts every such row as wrong without a word."""
+    texts = [row | {"answer": "neither"} for row in questions]
+    with pytest.raises(InputError, match="doc_to_target of row 0 is 'neither', which is none of"):
+        check_tasks([folder.task("text", CHOICE, texts)])
+    far = [*questions[:2], questions[2] | {"answer": 9}]
+    with pytest.raises(InputError, match="doc_to_target of row 2 is 9, which is none of its"):
+        check_tasks([folder.task("far", CHOICE, far)])
+
+
+def test_a_task_of_one_s_own_has_a_name_of_its_own(folder, questions):
+    with pytest.raises(InputError, match="task: 'hellaswag' is the name of one of lm-eval's own"):
+        check_tasks([folder.task("hellaswag", CHOICE, questions)])
