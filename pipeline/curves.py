@@ -64,7 +64,7 @@ def panels(history: list[dict[str, Any]]) -> list[Panel]:
          [("loss", "training", "loss"), ("eval_loss", "held-out", "eval_loss")]),
         (_PERPLEXITY, "per token",
          [(f"{k}_perplexity", n, f"{k}_loss") for k, n in evaluated.items()]),
-        ("Bits per byte", "bits", [
+        ("Bits per byte", "", [
             ("bits_per_byte", "training", "loss"),
             *((f"{k}_bits_per_byte", n, f"{k}_loss") for k, n in evaluated.items()),
         ]),

@@ -42,7 +42,9 @@ def help_text(
 
 def _field_lines(model: type[BaseModel], prefix: str) -> list[str]:
     lines = []
-    for name, field in model.model_fields.items():
+    # What must be given comes first; the fields of a section that is built upon would otherwise.
+    fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
+    for name, field in fields:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
         default = field.get_default(call_default_factory=True)

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.curves import Panel
 from pipeline.run_record import RunRecord, file_name, finite
-from pipeline.wording import NOTHING, duration, short, written
+from pipeline.wording import AMOUNT, NOTHING, duration, short, written
 
 
 class Table(NamedTuple):
@@ -48,9 +48,9 @@ MEASURED = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ",.2f"),
     "loss": ("loss (nats per token)", ".4f"),
-    "word_perplexity": ("perplexity per word", ",.5g"),
+    "word_perplexity": ("perplexity per word", AMOUNT),
     "accuracy": ("next token right", ".2%"),
-    "mean_perplexity": ("perplexity, mean of documents", ",.4g"),
+    "mean_perplexity": ("perplexity, mean of documents", AMOUNT),
 }
 SPLITS = {"eval": "validation", "test": "test"}
 
@@ -294,4 +294,4 @@ def interval(have: dict[str, Any], prefix: str, key: str) -> str:
     if not between or not all(map(finite, between)):
         return ""
     form = MEASURED[key][1]
-    return f"{format(between[0], form)} to {format(between[1], form)}"
+    return f"{written(between[0], form)} to {written(between[1], form)}"

@@ -7,9 +7,16 @@ from pipeline.run_record import finite
 NOTHING = "\N{EM DASH}"
 
 
+AMOUNT = "amount"  # a form: five digits, and from a hundred thousand on three and a unit
+
+
 def written(value: Any, form: str) -> str:
     """Return a number in its form, a dash where there is none."""
-    return format(value, form) if finite(value) else NOTHING
+    if not finite(value):
+        return NOTHING
+    if form == AMOUNT:
+        return short(value) if value >= 1e5 else format(value, ",.5g")
+    return format(value, form)
 
 
 def short(value: float) -> str:
