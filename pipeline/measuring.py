@@ -16,8 +16,9 @@ from pipeline.perplexity import LAST_WORD_MEASURES, MEASURES, Score, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError
 from pipeline.scoring import sum_scores
+from pipeline.text_pieces import WindowOptions
 from pipeline.tokenizer import check_tokenizer, load_tokenizer
-from pipeline.windows import TextBatches, WindowOptions
+from pipeline.windows import TextBatches
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Measured(NamedTuple):
 
     score: Score
     truncated: int
-    """See `TextBatches`."""
+    """See `TextPieces`."""
     target: str
 
     def numbers(self) -> dict[str, Any]:
@@ -132,9 +133,9 @@ def measure_texts(
                 f"batch_size {batch_size} x block_size {options.block_size}: so many tokens in one "
                 "forward pass do not fit into memory; lower one of them"
             ) from None
-    sums = sums.together(processes, documents=len(batches.bytes))
+    sums = sums.together(processes, documents=len(batches.pieces.bytes))
     if not sums.tokens.sum():
-        raise InputError(_nothing(len(batches.bytes), options))
+        raise InputError(_nothing(len(batches.pieces.bytes), options))
     if np.isnan(sums.nats).any():
         raise InputError(
             f"{model.config._name_or_path or 'model'}: its probabilities are not numbers (NaN); "
@@ -149,9 +150,9 @@ def measure_texts(
         )  # fmt: skip
     score = Score(
         sums.nats, sums.tokens, sums.correct,
-        np.where(scored, batches.bytes, 0), np.where(scored, batches.words, 0),
+        np.where(scored, batches.pieces.bytes, 0), np.where(scored, batches.pieces.words, 0),
     )  # fmt: skip
-    return Measured(score, batches.truncated, target)
+    return Measured(score, batches.pieces.truncated, target)
 
 
 def loaded(

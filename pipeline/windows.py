@@ -1,13 +1,12 @@
 """Texts to batches of windows in which a model scores every token once.
 
 Each text by itself, in windows that slide over it, or all laid end to end as held-out text is in
-training. Texts are read and encoded as they come: one may be larger than memory.
+training. A text may be larger than memory.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,44 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import packing
 from pipeline.blocks import NO_LABEL, Rows
-from pipeline.encoder import Encoder
 from pipeline.held_out import document_numbers
 from pipeline.row_file import RowFile
-from pipeline.text_files import safe_windows
-from pipeline.tokenizer import token_bytes
+from pipeline.text_pieces import TextPieces, WindowOptions
 
-# Characters that are encoded together, and tokens whose windows are sorted by length together: few
-# enough for memory, enough that batches of one length are full.
-ENCODED_TOGETHER, SORTED_TOGETHER = 1 << 20, 1 << 18
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WindowOptions:
-    """How texts become windows."""
-
-    block_size: int
-    """Tokens in a window."""
-    stride: int
-    """Tokens from the start of one window to that of the next, below block_size: the first token
-    of every window is context only."""
-    joined: bool = False
-    """Lay the texts end to end, end-of-text after each, and slide over them as one; else each is
-    by itself."""
-    apart: bool = False
-    """joined only: attention and positions are kept within each text."""
-    start_token: bool = False
-    """End-of-text stands before each text as a context for its first token (not joined)."""
-    end_token: bool = False
-    """The end-of-text after each text is predicted, too (when joined it always is)."""
-    packed: bool = False
-    """Several windows share a row, attention kept within each, instead of being filled up."""
-    max_length: int | None = None
-    """Tokens of a text, the start token included, after which the rest is left out; of a text that
-    is cut no end is predicted."""
-    target: Literal["all", "last_word"] = "all"
-    """last_word: only the tokens of each text's last word are scored."""
-    prepare: Callable[[str], str] | None = None
-    """What is done to a whole text before it is encoded; bytes and words stay those before."""
+# Tokens whose windows are sorted by length together: few enough for memory, enough that batches of
+# one length are full.
+SORTED_TOGETHER = 1 << 18
 
 
 class _Window(NamedTuple):
@@ -62,29 +30,11 @@ class _Window(NamedTuple):
     document: int
 
 
-class _Piece(NamedTuple):
-    """A stretch of one text, encoded."""
-
-    document: int
-    ids: np.ndarray
-    begins: bool
-    ends: bool
-    is_cut: bool = False
-    """Whether the rest of the text is left out."""
-    scored: int | None = None
-    """Of its last tokens, with target last_word."""
-
-
 class TextBatches:
-    """Batches of texts; read once, and only when done it knows what it has counted.
-
-    Every process reads all texts and yields its share of the batches.
+    """Batches of texts; every process reads all texts and yields its share of the batches.
 
     Attributes:
-        bytes: UTF-8 bytes of each text's scored tokens.
-        words: white-space separated words of which at least a part is scored, of each text.
-        truncated: texts that were cut at `max_length`, or of which, with target last_word, the
-            beginning does not fit into the window.
+        pieces: what was counted of the texts, once the batches are read.
     """
 
     def __init__(
@@ -98,105 +48,20 @@ class TextBatches:
         world_size: int = 1,
         after_read: Callable[[int], object] = lambda size: None,
     ) -> None:
-        """Take texts, whole or in pieces that tokenise as the whole does.
+        """Take texts, see `TextPieces`.
 
         Args:
             batch_size: windows in a batch; of shorter ones as many as have as many tokens.
-            after_read: is told the bytes of each piece of text that was read.
         """
-        self.bytes: list[int] = []
-        self.words: list[int] = []
-        self.truncated = 0
-        self._texts, self._options, self._after_read = texts, options, after_read
+        self.pieces = TextPieces(texts, tokenizer, options, after_read=after_read)
+        self._options, self._end = options, tokenizer.eos_token_id
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._encoder = Encoder(tokenizer.backend_tokenizer.to_str()).open()
-        self._end, self._lengths = tokenizer.eos_token_id, token_bytes(tokenizer)
-        self._length = 0  # tokens of the text that is being read
-        self._has_begun = self._has_any = False  # whether it, or any text, has a token yet
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batches = self._of_all() if self._options.joined else self._of_each()
         for number, batch in enumerate(batches):
             if number % self._world_size == self._rank:
                 yield batch()
-
-    # -- texts to ids -----------------------------------------------------------------------------
-
-    def _pieces(self) -> Iterator[_Piece]:
-        waiting: list[tuple[int, str, bool, bool]] = []
-        size = 0
-        for document, text in enumerate(self._texts):
-            self.bytes.append(0)
-            self.words.append(0)
-            options = self._options
-            if not isinstance(text, str) and (options.prepare or options.target == "last_word"):
-                text = "".join(text)
-            if isinstance(text, str):
-                is_long = len(text) > ENCODED_TOGETHER
-                text = safe_windows(iter([text]), f"text {document}") if is_long else iter([text])
-            parts = text
-            part, begins = next(parts, ""), True
-            while part is not None:
-                following = next(parts, None)
-                waiting.append((document, part, begins, following is None))
-                size += len(part)
-                part, begins = following, False
-                if size >= ENCODED_TOGETHER:
-                    yield from self._encoded(waiting)
-                    waiting, size = [], 0
-        yield from self._encoded(waiting)
-
-    def _encoded(self, parts: list[tuple[int, str, bool, bool]]) -> Iterator[_Piece]:
-        options = self._options
-        prepare = options.prepare or (lambda text: text)
-        if options.target == "last_word":
-            yield from self._last_words([(part[0], prepare(part[1])) for part in parts])
-            return
-        found = self._encoder.encode([prepare(part[1]) for part in parts])
-        for (document, text, begins, ends), ids in zip(parts, found, strict=True):
-            content, is_cut = text.encode(), False
-            self._after_read(len(content))
-            if begins:
-                self._length, self._has_begun = int(options.start_token), False
-            if options.max_length is not None:
-                before = self._length
-                self._length += len(ids)
-                if is_cut := self._length > options.max_length:
-                    self.truncated += before <= options.max_length
-                    ids = ids[: max(0, options.max_length - before)]
-                    content = content[: int(self._lengths[ids].sum())]
-            if len(ids) and not self._has_begun:
-                if self._lacks_context():
-                    content = content[int(self._lengths[ids[0]]) :]
-                self._has_begun = self._has_any = True
-            self.bytes[document] += len(content)
-            self.words[document] += len(content.decode(errors="replace").split())
-            yield _Piece(document, ids, begins, ends, is_cut)
-
-    def _last_words(self, texts: list[tuple[int, str]]) -> Iterator[_Piece]:
-        bare = [text.rstrip() for _, text in texts]
-        cuts = [len(text) - len((text.split() or [""])[-1]) for text in bare]
-        # The space before a word is a part of its first token.
-        cuts = [c - (t[c - 1 : c] == " ") for t, c in zip(bare, cuts, strict=True)]
-        words = [text[cut:] for text, cut in zip(bare, cuts, strict=True)]
-        before = self._encoder.encode([t[:cut] for t, cut in zip(bare, cuts, strict=True)])
-        for (document, text), word, context, ids in zip(
-            texts, words, before, self._encoder.encode(words), strict=True
-        ):
-            self._after_read(len(text.encode()))
-            if len(ids) and (len(context) or self._options.start_token):
-                self.bytes[document], self.words[document] = len(word.encode()), 1
-                all_ids = np.append(context, ids)
-                self.truncated += (
-                    len(all_ids) + self._options.start_token > self._options.block_size
-                )
-                yield _Piece(document, all_ids, True, True, scored=len(ids))
-
-    def _lacks_context(self) -> bool:
-        """Whether the first token of the text that begins now is not scored."""
-        if self._options.joined:
-            return self._options.apart or not self._has_any
-        return not self._options.start_token
 
     # -- each by itself ---------------------------------------------------------------------------
 
@@ -217,7 +82,7 @@ class TextBatches:
         block_size, stride = options.block_size, options.stride
         end = np.array([self._end], np.uint32)
         held, context, has_text = end[:0], 1, False
-        for piece in self._pieces():
+        for piece in self.pieces:
             if piece.begins:
                 held, context, has_text = end[: int(options.start_token)], 1, False
             has_text = has_text or len(piece.ids) > 0
@@ -299,7 +164,7 @@ class TextBatches:
         parts: list[np.ndarray] = []
         starts: list[int] = []
         size, is_open = 0, False
-        for piece in self._pieces():
+        for piece in self.pieces:
             if len(piece.ids) and not is_open:
                 numbers.append(piece.document)
                 starts.append(size)

@@ -456,12 +456,21 @@ def test_a_giant_text_is_encoded_in_pieces(model, tokenizer, beginnings, monkeyp
     text = " ".join(beginnings)
     whole = measure_texts([text], model, tokenizer).numbers()
     monkeypatch.setattr("pipeline.text_files.WINDOW", 300)
-    monkeypatch.setattr("pipeline.windows.ENCODED_TOGETHER", 300)
+    monkeypatch.setattr("pipeline.text_pieces.ENCODED_TOGETHER", 300)
     pieces = measure_texts([text], model, tokenizer).numbers()
     assert pieces["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-6)
     assert [pieces[n] for n in ("tokens", "bytes", "words")] == [
         whole[n] for n in ("tokens", "bytes", "words")
     ]
+
+
+def test_what_needs_a_whole_text_gets_it(model, tokenizer, beginnings, monkeypatch):
+    text = " ".join(beginnings)
+    options = [{"target": "last_word"}, {"detokenize": "wikitext"}]
+    whole = [measure_texts([text], model, tokenizer, **o).score.tokens.tolist() for o in options]
+    monkeypatch.setattr("pipeline.text_files.WINDOW", 300)
+    pieces = [measure_texts([text], model, tokenizer, **o).score.tokens.tolist() for o in options]
+    assert pieces == whole
 
 
 def test_a_last_word_longer_than_the_window_is_scored_whole(model, tokenizer):

@@ -176,7 +176,7 @@ def test_held_out_text_of_a_run_is_scored_again(finished_run, tmp_path, capsys):
 def test_a_text_of_one_giant_document_is_read_in_pieces(models, tmp_path, capsys, monkeypatch):
     """The reader's windows and the groups of windows are smaller than the text by far."""
     monkeypatch.setattr("pipeline.text_files.WINDOW", 500)
-    monkeypatch.setattr("pipeline.windows.ENCODED_TOGETHER", 700)
+    monkeypatch.setattr("pipeline.text_pieces.ENCODED_TOGETHER", 700)
     monkeypatch.setattr("pipeline.windows.SORTED_TOGETHER", 64)
     text = "".join(make_texts(12, seed=3))
     (tmp_path / "giant.txt").write_text(text)
@@ -188,7 +188,7 @@ def test_a_text_of_one_giant_document_is_read_in_pieces(models, tmp_path, capsys
         )  # fmt: skip
         found = json.loads((tmp_path / "n.json").read_text())["models"][models["a"]]
         with monkeypatch.context() as whole:
-            whole.setattr("pipeline.windows.ENCODED_TOGETHER", 1 << 20)
+            whole.setattr("pipeline.text_pieces.ENCODED_TOGETHER", 1 << 20)
             whole.setattr("pipeline.windows.SORTED_TOGETHER", 1 << 20)
             expected = measure_texts([text], model, tokenizer, joined=joined == "true").numbers()
         assert found["nats_per_token"] == pytest.approx(expected["nats_per_token"], rel=1e-6)
