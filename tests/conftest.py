@@ -66,6 +66,29 @@ def tiny_model(tokenizer):
     return build_model(section, tokenizer, block_size=16, seed=0).eval()
 
 
+def roughened(model, scale: float = 0.2, seed: int = 0):
+    """Return a model that is wrong in different ways at different tokens; a fresh one is not."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+@pytest.fixture
+def rough_model(tiny_model):
+    """The tiny model, so that its numbers hang on every token."""
+    return roughened(tiny_model)
+
+
+@pytest.fixture
+def beginnings(texts) -> list[str]:
+    """Beginnings of the session's documents: enough windows, and quick to score one by one."""
+    return [text[:200] for text in texts]
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory) -> Path:
     """120 text files: enough to be held out whole, by their hash."""

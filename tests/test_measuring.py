@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, roughened
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -26,24 +26,9 @@ from pipeline.tokenizer import train_tokenizer
 NUMBERS = [name for name in MEASURES]
 
 
-def roughened(model, scale=0.2, seed=0):
-    """Return a model that is wrong in different ways at different tokens."""
-    source = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=source)
-    return model
-
-
 @pytest.fixture
-def model(tiny_model):
-    return roughened(tiny_model)
-
-
-@pytest.fixture
-def beginnings(texts):
-    """Beginnings of the session's documents: enough windows, and quick to score one by one."""
-    return [text[:200] for text in texts]
+def model(rough_model):
+    return rough_model
 
 
 def random_texts(source, texts):

@@ -7,7 +7,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_measuring import roughened
 from transformers import GPT2LMHeadModel
 
 from pipeline.blocks import Rows
@@ -18,15 +17,8 @@ from pipeline.scoring import Sums, score_rows, sum_scores, token_scores
 
 
 @pytest.fixture
-def model(tiny_model):
-    """A model that is wrong in different ways at different tokens; a fresh one is wrong evenly."""
-    return roughened(tiny_model)
-
-
-@pytest.fixture
-def beginnings(texts):
-    """Beginnings of the session's documents: enough windows, and quick to score one by one."""
-    return [text[:200] for text in texts]
+def model(rough_model):
+    return rough_model
 
 
 def sum_nats(model, batches, **options):

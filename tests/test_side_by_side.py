@@ -10,8 +10,7 @@ import sys
 import datasets
 import oracle
 import pytest
-from conftest import ROOT, make_texts
-from test_measuring import roughened
+from conftest import ROOT, make_texts, roughened
 from transformers import GPT2LMHeadModel
 
 from pipeline import measure_perplexity
