@@ -16,7 +16,7 @@ from pipeline.processes import Processes
 from pipeline.recipe import InputError
 from pipeline.scoring import score_rows
 from pipeline.sections import EvaluationSection, GenerationSection
-from pipeline.tasks import sentence
+from pipeline.tasks import as_logs, sentence
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class TasksCallback(TrainerCallback):
         if not found:
             return
         due = control.should_log
-        self._log({f"eval_task_{t}_{m}": v for t in found for m, v in found[t].items()})
+        self._log(as_logs(found))
         control.should_log = due  # a log takes back that the one of this update is due
         if state.is_world_process_zero:
             for task, numbers in found.items():

@@ -106,6 +106,11 @@ def run_tasks(
     return found
 
 
+def as_logs(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the numbers of tasks under the keys that logs have them by."""
+    return {f"eval_task_{t}_{m}": value for t in found for m, value in found[t].items()}
+
+
 def sentence(task: str, numbers: dict[str, float]) -> str:
     """Return a task's numbers in one line for the screen."""
     parts = []

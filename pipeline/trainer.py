@@ -39,7 +39,7 @@ from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, measured_tasks
 from pipeline.saving import SAMPLES
-from pipeline.tasks import check_tasks
+from pipeline.tasks import as_logs, check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -142,11 +142,10 @@ class PretrainingTrainer(EvaluatingTrainer):
                 lambda: measured_tasks(self.recipe, self.args, self.processing_class),
                 patiently=True,
             )
-            found = {
-                f"eval_task_{t}_{m}": v for t, n in metrics["tasks"].items() for m, v in n.items()
-            }
             place = {"step": self.state.global_step, "tokens_seen": self._tokens_seen}
-            self.state.log_history.append(found | place)  # the reporters have closed
+            self.state.log_history.append(
+                as_logs(metrics["tasks"]) | place
+            )  # the reporters have closed
         metrics |= {
             "updates": self.state.global_step,
             "train_tokens": self._tokens_seen,
