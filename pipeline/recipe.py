@@ -111,6 +111,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_pretrained_model(self) -> "Recipe":
+        if self.model.pretrained is None:
+            if self.schedule.goes_on:
+                raise ValueError("schedule.goes_on has a meaning with model.pretrained only")
+        elif self.model.lora_r is not None:
+            if self.tokenizer.added_tokens:
+                raise ValueError(
+                    "tokenizer.added_tokens need embeddings of their own, and with model.lora_r "
+                    "these stay as they are; leave one of them out"
+                )
+            if self.optimizer.name == "muon":
+                raise ValueError(
+                    "optimizer.name muon evens out whole matrices, and with model.lora_r only "
+                    "their adapter is trained; use adamw"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_stream_is_never_seen_whole(self) -> "Recipe":
         if not self.data.streaming:
             return self

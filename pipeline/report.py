@@ -91,10 +91,15 @@ def summary(recipe: Recipe) -> str:
         lines += ["", "It writes:", *(f"    {line}" for line in metrics["sample"].split("\n"))]
     prompts = recipe.generation.prompts or ["The "]
     wrote = [PAGE, METRICS, "samples.txt", "README.md", "config.yaml"]
+    what = "the model (from_pretrained opens the folder)"
+    if recipe.model.lora_r is not None:
+        what = (
+            "the adapter (peft opens the folder; convert_weights.py makes it one with "
+            f"{recipe.model.pretrained})"
+        )
     lines += [
         "",
-        f"In {folder}: the model (from_pretrained opens the folder), "
-        f"{', '.join(name for name in wrote if (folder / name).exists())}",
+        f"In {folder}: {what}, {', '.join(name for name in wrote if (folder / name).exists())}",
         f"Go on: python pipeline/generate.py --model {folder} --prompt {prompts[0]!r}",
     ]
     return "\n".join(lines)

@@ -54,6 +54,7 @@ REFUSED = {
     "rows": "the rows are others",
     "tokenizer": "the same ids mean other text",
     "model": "the weights are another model's",
+    "base_fingerprint": "the adapter was trained beside other weights",
 }
 
 
@@ -195,7 +196,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 def keys(values: dict[str, Any], key: str = "") -> list[str]:
     """Return the dotted names of nested fields, and those that only a checkpoint knows."""
-    found = [] if key else ["rows", "tokenizer_fingerprint"]
+    found = [] if key else ["rows", "tokenizer_fingerprint", "base_fingerprint"]
     for name, value in values.items():
         inner = f"{key}.{name}" if key else name
         found += [inner, *(keys(value, inner) if isinstance(value, dict) else [])]
