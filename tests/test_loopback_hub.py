@@ -120,8 +120,8 @@ elif case == "writes":
     print(status(api.upload_file, **put, parent_commit=head),
           status(api.upload_file, **put | {"path_in_repo": "y"}, parent_commit=head),
           status(api.upload_file, **put, revision="none"), status(api.create_repo, name),
-          status(api.create_branch, name, branch="main"), status(api.model_info, name, revision="no"),
-          status(api.create_repo, "stranger/x"))
+          status(api.create_branch, name, branch="main"),
+          status(api.model_info, name, revision="no"), status(api.create_repo, "stranger/x"))
 elif case == "faults":
     big = dict(path_or_fileobj=b"0123456789" * 9, repo_id=name, path_in_repo="a.safetensors")
     print(status(api.upload_file, **big), status(api.upload_file, **big))
