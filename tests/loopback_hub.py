@@ -165,6 +165,16 @@ class LoopbackHub:
         }  # fmt: skip
         return found
 
+    def seen_by(self, monkeypatch: Any, *, token: str | None = WRITE) -> None:
+        """Let this process, in which huggingface_hub was imported already, see this Hub."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+        monkeypatch.setenv("HF_TOKEN", token or "")
+
     def repository(self, name: str, kind: str = "models") -> Repository:
         """Return a repository; KeyError where there is none."""
         return self.repositories[kind, name]
@@ -294,8 +304,8 @@ class _Handler(BaseHTTPRequestHandler):
         left = int(self.headers.get("Content-Length") or 0) if most is None else most
         if pace is None:
             return self.rfile.read(left)
-        found = b""
-        while len(found) < left and (data := self.rfile.read(min(1024, left - len(found)))):
+        found, step = b"", max(1, int(pace // 10))
+        while len(found) < left and (data := self.rfile.read(min(step, left - len(found)))):
             found += data
             self.hub.released.wait(len(data) / pace)
         return found
@@ -322,9 +332,10 @@ class _Handler(BaseHTTPRequestHandler):
         if pace is None:
             self.wfile.write(body)
             return
-        for start in range(0, len(body), 1024):
-            self.wfile.write(body[start : start + 1024])
-            self.hub.released.wait(min(1024, len(body) - start) / pace)
+        step = max(1, int(pace // 10))
+        for start in range(0, len(body), step):
+            self.hub.released.wait(step / pace)
+            self.wfile.write(body[start : start + step])
 
     def _close(self) -> None:
         self.close_connection = True
