@@ -20,6 +20,7 @@ from pipeline.sections import (
     EvaluationSection,
     FaultSection,
     GenerationSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     ScheduleSection,
@@ -93,6 +94,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     faults: FaultSection = Field(default_factory=FaultSection)
+    hub: HubSection = Field(default_factory=HubSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""
 

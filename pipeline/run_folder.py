@@ -26,6 +26,7 @@ from pipeline.resumption import (
     refused,
     sentence,
 )
+from pipeline.run_identity import IDENTITY
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ SECONDS_FOR_A_WORD = 2.0
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
     "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "README.md", "samples.txt",
+    "tokenizer_config.json", "README.md", "samples.txt", IDENTITY,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.licenses import check_language, check_license
+
 SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 
 
@@ -473,3 +475,45 @@ class FaultSection(Section):
     rollbacks: int = Field(0, ge=0)
     """Times that a loss or gradient that is not finite sends the run back to the newest whole
     checkpoint, to go on without the rows of that update; after that, and by default, it stops."""
+
+
+class CardFields(Section):
+    """What a model card states that no run can know."""
+
+    license: str | None = None
+    """License of the model, as the Hub names it (apache-2.0, mit, cc-by-4.0, other, ...)."""
+    language: list[str] = Field(default_factory=list)
+    """Languages of its text (en, bn, pt-BR; code for programs)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_language_is_a_list(cls, values: Any) -> Any:
+        values = _listed(values, "language")
+        if isinstance(values, dict) and isinstance(values.get("language"), list):
+            # YAML reads a bare `no`, Norwegian, as false.
+            spelled = ["no" if code is False else code for code in values["language"]]
+            values = {**values, "language": spelled}
+        return values
+
+    @field_validator("license")
+    @classmethod
+    def _a_license_of_the_hub(cls, name: str | None) -> str | None:
+        return None if name is None else check_license(name)
+
+    @field_validator("language")
+    @classmethod
+    def _codes_of_languages(cls, codes: list[str]) -> list[str]:
+        return [check_language(code) for code in codes]
+
+
+class HubSection(CardFields):
+    """What the Hub is sent and told, if training.push_to_hub is true."""
+
+    branches: bool = False
+    """Each checkpoint also stays on a branch of its own, step-000001000."""
+    overwrite: bool = False
+    """Whether a repository that holds another model may be written over."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """A push that takes longer is given up, and tried again."""
+    attempts: int = Field(5, ge=1)
+    """Times that a push is tried; what is still missing then is sent by publish.py."""

@@ -21,6 +21,8 @@ WITHOUT_TORCH = (
     "options",
     "known_fields",
     "lr_schedule",
+    "hub",
+    "publication",
 )
 
 
