@@ -21,6 +21,7 @@ WITHOUT_TORCH = (
     "options",
     "known_fields",
     "lr_schedule",
+    "space",
 )
 
 
