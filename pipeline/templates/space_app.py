@@ -16,8 +16,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
-LONGEST_TEXT = 1000  # tokens: a minute or so of GPT-2 small on the two cores of a free Space
-LONGEST_PROMPT = 100_000  # characters, of which the end is read; more only takes memory
+# Tokens, while others wait: each of GPT-2 small's reads 0.5 GB of weights, and two cores read some
+# 10 GB a second, so that this many take half a minute.
+LONGEST_TEXT = 500
+LONGEST_PROMPT = 100_000  # characters; of more the end is taken, and no model here sees as many
 MOST_WAITING = 30  # people, beyond whom one is told that the queue is full
 
 # The head of the page in line with what is below it, and a long title within a narrow screen.
@@ -71,7 +73,7 @@ class Writer:
 
     def write(
         self,
-        prompt: str,
+        prompt: str | None,
         temperature: float,
         top_k: int,
         top_p: float,
@@ -80,7 +82,8 @@ class Writer:
     ) -> Iterator[tuple[str, str]]:
         """Yield the prompt with what is written so far, and a note about it."""
         end_of_text = self.tokenizer.eos_token_id
-        ids = self.tokenizer(prompt[-LONGEST_PROMPT:], add_special_tokens=False)["input_ids"]
+        prompt = (prompt or "")[-LONGEST_PROMPT:]
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         context = torch.tensor([ids or [end_of_text]])  # an empty prompt begins a document
         notes = []
         if context.shape[1] >= self.positions:
@@ -164,8 +167,13 @@ def reason(error: BaseException, name: str) -> str:
             f"{name} is not on the Hub, or it is private and this Space may not read it: give the "
             "Space a secret HF_TOKEN (Settings, Variables and secrets), a token that may."
         )
-    said = str(error).strip().splitlines() or [""]
-    return f"{name} could not be loaded: {type(error).__name__}: {said[0]}"
+    if isinstance(error, NotADirectoryError):
+        return f"MODEL={name} is no folder; it names the folder of a saved model."
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return (
+        f"{name} could not be loaded ({type(error).__name__}: {said}). If it is the network, "
+        "restart the Space; if not, publish the model again."
+    )
 
 
 def head(title: str, sentence: str) -> None:
@@ -245,7 +253,7 @@ def main() -> None:
     name = os.environ.get("MODEL") or demo["model"]
     try:
         if os.environ.get("MODEL") and not Path(name).is_dir():
-            raise NotADirectoryError("MODEL names no folder")
+            raise NotADirectoryError(name)
         page = writing_page(Writer(name), **demo)
     except Exception as error:  # network, name, token, file format
         sentence = reason(error, name)
