@@ -325,18 +325,16 @@ def ask(page, prompt: str, **settings: float) -> None:
     """Type a prompt and settings by their labels, and press Write."""
     page.get_by_label("Prompt").fill(prompt)
     for label, value in settings.items():
-        label = label.replace("_", "-")
-        slider = page.get_by_label(f"number input for {label}")
-        box = slider if slider.count() else page.get_by_label(label)
+        box = page.get_by_role("spinbutton", name=label.replace("_", "-"))
         box.fill(str(value))
         box.press("Tab")
     page.get_by_role("button", name="Write").click()
 
 
-def wait_for_text(page, expected: str) -> None:
-    """Wait until exactly that text is written."""
-    script = "text => document.querySelectorAll('textarea')[1].value == text"
-    page.wait_for_function(script, arg=expected)
+def wait_for_text(page, condition: str, text: str = "") -> None:
+    """Wait until what is written fulfils a condition, in JavaScript."""
+    values = "const written = document.querySelectorAll('textarea')[1].value"
+    page.wait_for_function(f"text => {{ {values}; return {condition} }}", arg=text)
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +354,7 @@ def test_the_page_writes_what_generate_does(addresses, screen, greedy):
     name, context = screen
     page = opened(context.new_page(), addresses["good"])
     ask(page, "the model", Temperature=0, Length=8)
-    wait_for_text(page, greedy)
+    wait_for_text(page, "written == text", greedy)
     assert len(greedy) > len("the model")
     keep_picture(page, f"space-{name}")
     for box in page.locator("h1, p, textarea, button, .block").all():
@@ -372,7 +370,7 @@ def test_a_prompt_that_is_too_long_is_said_on_the_page(addresses, screen):
     page = opened(context.new_page(), addresses["good"])
     ask(page, MANY_SCRIPTS, Temperature=0, Length=8)
     page.get_by_text("it read only the last 8.").wait_for()
-    assert page.locator("textarea").nth(1).input_value().startswith(MANY_SCRIPTS)
+    wait_for_text(page, "written.startsWith(text)", MANY_SCRIPTS)
     keep_picture(page, f"space-long-prompt-{name}")
 
 
@@ -381,38 +379,31 @@ def test_settings_are_heeded_and_two_people_get_their_own_text(addresses, browse
     pages = [opened(browser.new_page(), addresses["good"]) for _ in range(2)]
     ask(pages[0], "the model", Temperature=1.5, Top_k=1, Length=8)
     ask(pages[1], "a whole book", Temperature=1.5, Top_p=0.05, Length=20, Seed=3)
-    wait_for_text(pages[0], greedy)
-    page = pages[1]
-    page.wait_for_function("document.querySelectorAll('textarea')[1].value.length > 13")
-    assert page.locator("textarea").nth(1).input_value().startswith("a whole book")
+    wait_for_text(pages[0], "written == text", greedy)
+    wait_for_text(pages[1], "written.startsWith(text) && written != text", "a whole book")
     ask(pages[0], "the model", Top_k=0, Seed=1)
-    page = pages[0]
-    page.wait_for_function(
-        "text => document.querySelectorAll('textarea')[1].value != text", arg=greedy
-    )
+    wait_for_text(pages[0], "written.startsWith('the model') && written != text", greedy)
 
 
 @pytest.mark.browser
 def test_prompts_to_try_arrive_unharmed_and_stop_stops(addresses, browser):
     page = opened(browser.new_page(), addresses["good"])
     examples = page.locator(".gallery-item")
-    assert examples.count() == len(PROMPTS)
+    examples.nth(len(PROMPTS) - 1).wait_for()
     for number, prompt in enumerate(PROMPTS):
         examples.nth(number).click()
         page.wait_for_function(
             "text => document.querySelector('textarea').value == text", arg=prompt
         )
     ask(page, "the model", Temperature=1, Length=500)
-    page.wait_for_function("document.querySelectorAll('textarea')[1].value.length > 40")
+    wait_for_text(page, "written.length > 40")
     page.get_by_role("button", name="Stop").click()
     page.wait_for_timeout(500)
     text = page.locator("textarea").nth(1).input_value()
     page.wait_for_timeout(500)
     assert page.locator("textarea").nth(1).input_value() == text
     ask(page, "a whole book", Length=1)  # the next one is written
-    page.wait_for_function(
-        "document.querySelectorAll('textarea')[1].value.startsWith('a whole book')"
-    )
+    wait_for_text(page, "written.startsWith('a whole book')")
 
 
 @pytest.mark.browser
