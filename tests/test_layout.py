@@ -23,6 +23,7 @@ WITHOUT_TORCH = (
     "lr_schedule",
     "hub",
     "publication",
+    "space",
 )
 
 
