@@ -13,6 +13,7 @@ from pipeline import attention, machine
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
+from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.text_files import read_text
 
@@ -39,7 +40,7 @@ OWNED = {
     "enable_jit_checkpoint": "it can hang several processes and is not exact",
     "auto_find_batch_size": "the batch follows from tokens_per_update",
     "hub_token": "set HF_TOKEN in the environment; a recipe is kept in files that are shared",
-    "push_to_hub": "push the finished folder: hf upload NAME outputs/...",
+    "hub_always_push": "every checkpoint is pushed, one after the other",
     "logging_nan_inf_filter": "a loss that is not a number is shown as it is",
     "dataloader_drop_last": "rows are full, and a last partial batch is left out",
     "dataloader_persistent_workers": "a resumed run draws its random numbers as each epoch does",
@@ -94,6 +95,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         if name in OWNED:
             raise InputError(f"training.{name}: leave it out; {OWNED[name]}")
     _check_values(stated)
+    _check_pushing(stated)
+    stated = {k: v for k, v in stated.items() if k != "push_to_hub" and not k.startswith("hub_")}
     for reporter in _reporters(stated.get("report_to")):
         if importlib.util.find_spec(reporter) is None:
             raise InputError(
@@ -198,6 +201,18 @@ def _check_muon(stated: dict[str, Any]) -> None:
             "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
             "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
         )
+
+
+def _check_pushing(stated: dict[str, Any]) -> None:
+    """See that what we do instead of Trainer can be done; its own pushes fail without a word."""
+    strategy = stated.get("hub_strategy", STRATEGIES[0])
+    if strategy not in STRATEGIES:
+        raise InputError(
+            f"training.hub_strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}"
+        )
+    names = [n for n in stated if n.startswith("hub_")]
+    if names and "push_to_hub" not in stated:
+        raise InputError(f"training.{names[0]} has a meaning with training.push_to_hub only")
 
 
 def _is_sharded() -> bool:

@@ -113,9 +113,22 @@ class Writer:
         failure: why the last checkpoint could not be written, None if it was.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int | None) -> None:
-        """Keep the newest `keep` checkpoints, at least two whole ones (None: all)."""
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        keep: int | None,
+        written: Callable[[Path], None] = lambda folder: None,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Keep the newest `keep` checkpoints, at least two whole ones (None: all).
+
+        Args:
+            written: called with each that is whole, before an old one goes.
+            make_room: called when the disk is full, until it returns False.
+        """
         self.failure: str | None = None
+        self._written, self._make_room = written, make_room
         self._folder, self._keep = run_folder, keep
         self._thread: threading.Thread | None = None
         self._seen_whole: set[Path] = set()
@@ -143,9 +156,9 @@ class Writer:
             # What computes comes first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
-            free = shutil.disk_usage(self._folder).free
-            if free < contents.size:
-                raise OSError(artifact.FULL[0], os.strerror(artifact.FULL[0]))
+            while shutil.disk_usage(self._folder).free < contents.size:
+                if not self._make_room():
+                    raise OSError(artifact.FULL[0], os.strerror(artifact.FULL[0]))
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             for name, content in contents.files.items():
@@ -161,6 +174,7 @@ class Writer:
             return
         self._seen_whole.add(folder)
         self.failure = None
+        self._written(folder)
         try:
             rotate(self._folder, keep=self._keep, best=best, whole=self._seen_whole)
         except OSError as error:

@@ -75,6 +75,20 @@ def check_name(repo_id: str, revision: str = "main") -> None:
         )
 
 
+def user_name(name: str, seconds: float = 30.0) -> str:
+    """Return whose token it is, for a repository that is named without its owner.
+
+    Raises:
+        InputError: there is no token, it is refused, or the Hub does not answer.
+    """
+    try:
+        return within(
+            seconds, lambda: repeated(lambda: api(name).whoami()["name"], name, attempts=3), name
+        )
+    except Temporary as error:
+        raise _try_later(error) from None
+
+
 def check_access(
     repo_id: str,
     *,
@@ -100,10 +114,7 @@ def check_access(
             seconds=seconds,
         )  # fmt: skip
     except Temporary as error:
-        raise InputError(
-            f"{error}; start again later, or train without it (--training.push_to_hub false) and "
-            "send the result afterwards with publish.py"
-        ) from None
+        raise _try_later(error) from None
 
 
 def access(
@@ -207,6 +218,13 @@ def push(
 def page(repo_id: str, repo_type: str = "model") -> str:
     """Return the address of a repository's page."""
     return f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(repo_type, '')}{repo_id}"
+
+
+def _try_later(error: Temporary) -> InputError:
+    return InputError(
+        f"{error}; start again later, or train without it (--training.push_to_hub false) and "
+        "send the result afterwards with publish.py"
+    )
 
 
 def _look(client: HfApi, repo_id: str, revision: str, repo_type: str) -> tuple[str, dict[str, Any]]:

@@ -154,8 +154,8 @@ class PublishOptions(CardFields):
     """Also make a page on which the model can be tried, the Space USER/NAME-demo."""
     force: bool = False
     """Write over another model that is there."""
-    checked: bool = False
-    """Send at once: a run has looked before whether it may."""
+    prepared: bool = False
+    """The folder is one that a run has prepared to be sent as it is."""
     dry_run: bool = False
     """Show the files and the card, and contact nobody."""
     attempts: int = Field(5, ge=1)
@@ -165,6 +165,8 @@ class PublishOptions(CardFields):
     def _no_contradiction(self) -> "PublishOptions":
         if self.space and self.checkpoint is not None:
             raise ValueError("--space shows a finished model: leave out it or --checkpoint")
+        if self.prepared and self.repo_id is None:
+            raise ValueError("--prepared is what a run starts; it needs --repo_id")
         return self
 
 

@@ -17,21 +17,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PretrainOptions, doc=__doc__)
 
     # Not before: torch takes seconds, and --help or a misspelt key should not.
-    from pipeline import report, run_folder
+    from pipeline import preflight, pushing, report, run_folder
     from pipeline.arguments import training_arguments
     from pipeline.model import build_model, check_model
     from pipeline.pretrained import settled
     from pipeline.processes import Processes
     from pipeline.run_data import obtain_run_data
-    from pipeline.tasks import check_tasks
     from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(settled(recipe))
     check_model(recipe.model, block_size=recipe.data.block_size)
     processes = Processes(arguments)
-    with run_folder.opened(recipe, options, processes) as run:
+    opened = run_folder.opened(recipe, options, processes)
+    with pushing.opened(recipe, processes) as pusher, opened as run:
         if not run.finished:
-            processes.told(lambda: check_tasks(recipe.evaluation.tasks), patiently=True)
+            recipe = preflight.passed(recipe, processes, pusher)
             data = obtain_run_data(recipe, arguments)
             model = build_model(
                 recipe.model, data.tokenizer, block_size=recipe.data.block_size,
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )  # fmt: skip
             trainer = PretrainingTrainer(
                 recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,
-                processes=processes,
+                processes=processes, pusher=pusher,
             )  # fmt: skip
             with data.flowing():
                 trainer.train_from(
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if processes.is_main:
                 report.write_report(recipe, metrics, sample, trainer.history, data.tokenizer)
     if processes.is_main:
-        sys.stdout.write(f"\n{report.summary(recipe)}\n")
+        sys.stdout.write(f"\n{report.summary(recipe)}\n{pusher.said}")
 
 
 if __name__ == "__main__":

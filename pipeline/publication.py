@@ -1,15 +1,18 @@
 """What of a run, a checkpoint or a model's folder is published: files, card, branch and title."""
 
+import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline import artifact, hub
+from pipeline import artifact, hub, locks
 from pipeline.checkpoint import STATE, checkpoints, step_of
 from pipeline.options import PublishOptions
 from pipeline.published_card import published_card, quoted, snippet, stated_license
+from pipeline.push_list import LIST, PLACE, RESULT, PushList, Revision
 from pipeline.recipe import InputError
 from pipeline.run_identity import IDENTITY, kept_identity, run_identity
 
@@ -23,19 +26,28 @@ class Publication(NamedTuple):
     """One commit to be made, and where."""
 
     folder: Path
+    """Where its files lie."""
     files: dict[str, Path | bytes]
+    identity: str | None
+    """Whose the repository is: the run's, which has a name of its own, or the weights'."""
     repo_id: str
     revision: str
     title: str
+    updates: int
     is_private: bool
-    is_run: bool
-    """Whether the folder is a run's, which has a name of its own; else its weights are its name."""
     prompts: list[str]
     options: PublishOptions
+    run: Path | None = None
+    """The folder of the run that it is of, if any."""
+    before: tuple[tuple[Revision, "Publication"], ...] = ()
+    """What is sent first: what the run should have sent, and could not."""
 
 
-def prepared(options: PublishOptions) -> Publication:
+def prepared(options: PublishOptions, *, is_fresh: bool = False) -> Publication:
     """Read the folder and choose what of it is sent; contacts nobody.
+
+    Args:
+        is_fresh: a checkpoint was just written, and need not be verified.
 
     Raises:
         InputError: it holds nothing that can be published, or the run is not finished.
@@ -43,13 +55,15 @@ def prepared(options: PublishOptions) -> Publication:
     folder = Path(options.run)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name that of a finished run, or of a model")
-    if step_of(folder) is not None and (folder / STATE).exists():
+    if options.prepared:
+        made = _as_it_is(folder, options)
+    elif step_of(folder) is not None and (folder / STATE).exists():
         raise InputError(
             f"{folder}: is a checkpoint; publish it with --run {folder.parent} --checkpoint "
             f"{folder.name}"
         )
-    if (folder / CONFIG).exists() and any((folder / name).exists() for name in (METRICS, STATUS)):
-        made = _of_run(folder, options)
+    elif (folder / CONFIG).exists() and any((folder / name).exists() for name in (METRICS, STATUS)):
+        made = _of_run(folder, options, is_fresh) if is_fresh else _with_waiting(folder, options)
     elif options.checkpoint is not None:
         raise InputError(f"{folder}: holds no run ({STATUS} is missing), so --checkpoint is none")
     else:
@@ -66,11 +80,12 @@ def listing(made: Publication) -> str:
     whose = "private" if made.is_private else "public"
     stays = sorted(
         f"{path.name}/" if path.is_dir() else path.name
-        for path in _source(made).iterdir()
-        if path.name not in made.files and path.name != IDENTITY
+        for path in made.folder.iterdir()
+        if path.name not in (*made.files, IDENTITY, LIST, PLACE)
     )
     return "\n".join([
-        f"{_source(made)} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
+        *(f"first, what the run could not send: {one.said}" for one, _ in made.before),
+        f"{made.folder} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
         *(f"{size:>15,}  {name}" for name, size in sizes.items()),
         f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files",
         *([f"stays here: {', '.join(stays)}"] if stays else []),
@@ -90,18 +105,35 @@ def sent(made: Publication) -> tuple[Publication, str]:
         hub.Permanent: the Hub refuses it.
         hub.Temporary: it failed, and the same again may not.
     """
-    identity, options = _identity(made), made.options
-    if not options.checked:
+    if made.options.prepared:
+        return made, _pushed(made)
+    if made.identity is None:
+        made = made._replace(identity=run_identity(made.run))
+    with locks.locked(made.run, "--run") if made.before else contextlib.nullcontext():
         access = hub.access(
-            made.repo_id, identity=identity, private=made.is_private, revision=made.revision,
-            overwrite=options.force,
+            made.repo_id, identity=made.identity, private=made.is_private, revision=made.revision,
+            overwrite=made.options.force,
         )  # fmt: skip
-        made = made._replace(is_private=access.is_private)
-    commit = hub.push(
-        made.files, made.repo_id, identity=identity, title=made.title, revision=made.revision,
-        overwrite=options.force, attempts=options.attempts,
+        push_list = PushList(made.run) if made.run is not None else None
+        for revision, one in made.before:
+            commit = _pushed(one)
+            push_list.mark_sent(revision, commit)
+        if made.before and made == made.before[-1][1]:
+            return made, commit
+        commit = _pushed(made)
+        if push_list is not None and push_list.repo_id == made.repo_id:
+            if made.options.checkpoint is None:
+                push_list.add_sent(
+                    Revision(RESULT, made.revision, made.updates, made.title, commit)
+                )
+    return made._replace(is_private=access.is_private), commit
+
+
+def _pushed(made: Publication) -> str:
+    return hub.push(
+        made.files, made.repo_id, identity=made.identity, title=made.title,
+        revision=made.revision, overwrite=made.options.force, attempts=made.options.attempts,
     )  # fmt: skip
-    return made, commit
 
 
 def farewell(made: Publication) -> str:
@@ -129,7 +161,7 @@ def sent_space(made: Publication) -> str:
     """
     from pipeline.space import space_files
 
-    repo_id, identity = f"{made.repo_id}-demo", _identity(made)
+    repo_id, identity = f"{made.repo_id}-demo", made.identity
     files = space_files(
         made.repo_id,
         title=made.repo_id.partition("/")[2],
@@ -144,7 +176,53 @@ def sent_space(made: Publication) -> str:
     return hub.page(repo_id, "space")
 
 
-def _of_run(folder: Path, options: PublishOptions) -> Publication:
+def _with_waiting(folder: Path, options: PublishOptions) -> Publication:
+    """Return what of a run is asked for, after what the run itself could not send."""
+    from pipeline.run_folder import read_status
+
+    push_list = PushList(folder)
+    is_theirs = options.repo_id in (None, push_list.repo_id) and options.revision is None
+    if options.checkpoint is not None or not is_theirs or not push_list.waiting:
+        return _of_run(folder, options)
+    stated = options.private
+    options = options.model_copy(
+        update={
+            "repo_id": push_list.repo_id,
+            "private": push_list.is_private if stated is None else stated,
+        }
+    )
+    before = []
+    for revision in push_list.waiting:
+        own = options.model_copy(update={"revision": revision.branch, "title": revision.title})
+        made = _as_it_is(push_list.place_of(revision), own)._replace(run=folder)
+        before.append((revision, made))
+    if (read_status(folder) or {}).get("state") != "finished":  # it goes on another time
+        return before[-1][1]._replace(before=tuple(before))
+    branch = push_list.result_branch or "main"
+    made = _of_run(folder, options.model_copy(update={"revision": branch}))
+    return made._replace(before=tuple(before))
+
+
+def _as_it_is(folder: Path, options: PublishOptions) -> Publication:
+    """Return what a run has prepared: a folder of which everything is sent."""
+    identity = kept_identity(folder)
+    if identity is None:
+        raise InputError(f"{folder}: is none that a run has prepared; leave out --prepared")
+    return Publication(
+        folder=folder,
+        files=_allowed(folder, whole=True),
+        identity=identity,
+        repo_id=options.repo_id or "",
+        revision=options.revision or "main",
+        title=options.title or "",
+        updates=0,
+        is_private=options.private is not False,
+        prompts=[],
+        options=options,
+    )
+
+
+def _of_run(folder: Path, options: PublishOptions, is_fresh: bool = False) -> Publication:
     from pipeline.model_card import hub_name, model_card
     from pipeline.run_record import read_checkpoint, read_run
 
@@ -152,7 +230,7 @@ def _of_run(folder: Path, options: PublishOptions) -> Publication:
     stated = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     training = stated.get("training") or {}
     if options.checkpoint is not None:
-        source = _checkpoint(folder, options.checkpoint)
+        source = _checkpoint(folder, options.checkpoint, is_fresh)
         record = read_checkpoint(folder, source)
         base_model = hub_name((stated.get("model") or {}).get("pretrained"))
         text = model_card(record, base_model=base_model)
@@ -163,34 +241,42 @@ def _of_run(folder: Path, options: PublishOptions) -> Publication:
         source = folder
         text = _text(folder / CARD) if (folder / CARD).exists() else model_card(record)
     files = _allowed(source, whole=options.whole)
+    _check_base(source)
     recipe = {**record.recipe, "training": _without_hub(record.recipe.get("training") or {})}
     files[CONFIG] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     updates, of = record.metrics.get("updates", 0), training.get("max_steps")
     goal = f" of {of:,}" if options.checkpoint and isinstance(of, int) and of > updates else ""
+    what = "After" if options.checkpoint else "The result after"
     private = training.get("hub_private_repo")
     made = Publication(
-        folder=folder,
+        folder=source,
         files=files,
+        identity=kept_identity(folder),
         repo_id=options.repo_id or training.get("hub_model_id") or _unnamed(folder),
         revision=options.revision or (_branch(source) if options.checkpoint else "main"),
-        title=options.title or f"After {updates:,}{goal} updates",
+        title=options.title or f"{what} {updates:,}{goal} updates",
+        updates=updates,
         is_private=options.private if options.private is not None else private is not False,
-        is_run=True,
         prompts=(record.recipe.get("generation") or {}).get("prompts") or [],
         options=options,
+        run=folder,
     )
     return _with_card(made, text)
 
 
 def _of_model(folder: Path, options: PublishOptions) -> Publication:
+    files = _allowed(folder, whole=options.whole)
+    _check_base(folder)
+    weights = [folder / name for name in files if name.endswith(".safetensors")]
     made = Publication(
         folder=folder,
-        files=_allowed(folder, whole=options.whole),
+        files=files,
+        identity=kept_identity(folder) or f"weights-{artifact.fingerprint_of(weights)}",
         repo_id=options.repo_id or _unnamed(folder),
         revision=options.revision or "main",
         title=options.title or f"The model of {folder.resolve().name}",
+        updates=0,
         is_private=options.private is not False,
-        is_run=False,
         prompts=[],
         options=options,
     )
@@ -198,6 +284,23 @@ def _of_model(folder: Path, options: PublishOptions) -> Publication:
         return _with_card(made, _text(made.files[CARD]))
     name = made.repo_id.partition("/")[2]
     return _with_card(made, f"---\npipeline_tag: text-generation\n---\n\n# {name}\n")
+
+
+def _check_base(folder: Path) -> None:
+    """See that the base of an adapter is one that others have, too."""
+    path = folder / "adapter_config.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: cannot be read as an adapter's configuration") from None
+    if Path(base).exists() or Path(base).is_absolute():
+        raise InputError(
+            f"{folder}: an adapter on the model in {base}, which nobody has but you; publish both "
+            f"in one: python pipeline/convert_weights.py --source {folder} --output_dir "
+            f"{folder}-merged, then --run {folder}-merged"
+        )
 
 
 def _with_card(made: Publication, text: str) -> Publication:
@@ -217,13 +320,13 @@ def _allowed(folder: Path, *, whole: bool = False) -> dict[str, Path | bytes]:
     return files
 
 
-def _checkpoint(folder: Path, name: str) -> Path:
+def _checkpoint(folder: Path, name: str, is_fresh: bool) -> Path:
     """Return a whole checkpoint of the run."""
     found = Path(name) if Path(name).is_dir() and "/" in name else folder / name
     if step_of(found) is None or not found.is_dir():
         have = ", ".join(path.name for path in checkpoints(folder)) or "it has none"
         raise InputError(f"--checkpoint {name}: no checkpoint of {folder}; there: {have}")
-    if wrong := artifact.damage(found):
+    if wrong := artifact.damage(found, contents=not is_fresh):
         raise InputError(f"--checkpoint {name}: {wrong}; publish another one")
     return found
 
@@ -254,21 +357,6 @@ def _branch(checkpoint: Path) -> str:
 def _without_hub(training: dict[str, Any]) -> dict[str, Any]:
     """Leave out where the run was pushed to: whoever repeats it has a place of his own."""
     return {k: v for k, v in training.items() if not re.match(r"hub_|push_to_hub", k)}
-
-
-def _identity(made: Publication) -> str:
-    if made.is_run:
-        return run_identity(made.folder)
-    weights = [made.folder / name for name in made.files if name.endswith(".safetensors")]
-    return kept_identity(made.folder) or f"weights-{artifact.fingerprint_of(weights)}"
-
-
-def _source(made: Publication) -> Path:
-    return (
-        _checkpoint(made.folder, made.options.checkpoint)
-        if made.options.checkpoint
-        else made.folder
-    )
 
 
 def _hints(made: Publication) -> list[str]:

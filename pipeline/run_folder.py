@@ -16,6 +16,7 @@ from pipeline import artifact, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
 from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
+from pipeline.push_list import LIST, PLACE
 from pipeline.recipe import InputError, Recipe, read_recipe
 from pipeline.resumption import (
     changes,
@@ -36,6 +37,7 @@ METRICS = "metrics.json"
 HISTORY = "history.json"
 PAGE = "report.html"
 PICTURE = "curves.png"
+SAMPLES = "samples.txt"
 
 # A process that was asked to stop writes that down before its connections break, or soon after.
 SECONDS_FOR_A_WORD = 2.0
@@ -44,7 +46,7 @@ SECONDS_FOR_A_WORD = 2.0
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
     "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "README.md", "samples.txt", IDENTITY,
+    "tokenizer_config.json", "README.md", SAMPLES, IDENTITY, LIST,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 
@@ -259,7 +261,7 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
 def _ours(folder: Path) -> list[Path]:
     """Return what a run of ours wrote: its status, results, whole artifacts, TensorBoard's logs."""
     parts = [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]
-    found = [folder / name for name in (*RESULTS, "runs", "_ring", "_digests-blocks.json")]
+    found = [folder / name for name in (*RESULTS, "runs", "_ring", PLACE, "_digests-blocks.json")]
     found += [part for part in parts if artifact.read_manifest(part) is not None]
     return [path for path in found if path.exists()]
 

@@ -19,13 +19,13 @@ from pipeline import adaptation, artifact, checkpoint, resumption
 from pipeline.clock import Clock
 from pipeline.guard import Guard
 from pipeline.processes import Processes
+from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
+from pipeline.run_folder import SAMPLES
 from pipeline.training_state import TrainingState, tensor_bytes
 from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-SAMPLES = "samples.txt"
 
 
 class SavingTrainer(Trainer):
@@ -37,12 +37,14 @@ class SavingTrainer(Trainer):
         arguments: TrainingArguments,
         *,
         processes: Processes | None,
+        pusher: Pusher | None,
         fingerprints: dict[str, str | None],
         **parts: Any,
     ) -> None:
-        """Take `fingerprints` of rows and tokenizer; `parts` go to Trainer."""
+        """Take `fingerprints` of rows, tokenizer and an adapter's base; `parts` go to Trainer."""
         self.recipe = recipe
         self._processes = processes or Processes(arguments)
+        self._pusher = pusher or Pusher(recipe, self._processes)
         self._staging: Path | None = None
         self._clock = Clock(recipe.tokens_per_update)
         self._spent: dict[str, float] = {}
@@ -58,7 +60,9 @@ class SavingTrainer(Trainer):
         super().__init__(args=arguments, **parts)
         self._training_state = TrainingState(self)
         folder, keep = Path(arguments.output_dir), arguments.save_total_limit
-        self._writer = checkpoint.Writer(folder, keep=keep)
+        self._writer = checkpoint.Writer(
+            folder, keep=keep, written=self._pusher.offer, make_room=self._pusher.make_room
+        )
 
     @property
     def _rows_per_update(self) -> int:
@@ -138,6 +142,7 @@ class SavingTrainer(Trainer):
             self.state.save_to_json(str(staging / name / checkpoint.STATE))
             artifact.commit(staging / name, folder / name, self._origin(), self._facts(windows))
             shutil.rmtree(staging)
+            self._pusher.offer(folder / name)
             checkpoint.rotate(folder, keep=self.args.save_total_limit, best=self._best)
             logger.info("saved %s; training waited %.1f s", name, time.perf_counter() - started)
         self.accelerator.wait_for_everyone()

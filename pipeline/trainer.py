@@ -37,9 +37,10 @@ from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.pretrained import weights_fingerprint
 from pipeline.processes import Processes
+from pipeline.pushing import Pusher
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, measured_tasks
-from pipeline.saving import SAMPLES
+from pipeline.run_folder import SAMPLES
 from pipeline.tasks import as_logs, check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 
@@ -58,8 +59,9 @@ class PretrainingTrainer(EvaluatingTrainer):
         tokenizer: PreTrainedTokenizerBase,
         blocks: dict[str, Rows],
         processes: Processes | None = None,
+        pusher: Pusher | None = None,
     ) -> None:
-        """Join the parts.
+        """Join the parts; `pusher` is offered every checkpoint.
 
         Raises:
             InputError: fewer rows than one update needs, or a warm-up beyond the horizon.
@@ -93,6 +95,7 @@ class PretrainingTrainer(EvaluatingTrainer):
                 recipe,
                 arguments,
                 processes=processes,
+                pusher=pusher,
                 fingerprints={
                     "rows": blocks["train"].fingerprint,
                     "tokenizer": tokenizer_fingerprint(tokenizer),

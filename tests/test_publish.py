@@ -227,7 +227,7 @@ def test_a_prepared_revision_is_sent_at_once(server, run, tmp_path, capsys):
         (folder / name).write_bytes(content)
     (folder / "pipeline_run.json").write_bytes((run / "pipeline_run.json").read_bytes())
     asked = len(server.log)
-    options = ["--checked", "--whole", "--revision", "step-000000030", "--title", "after 30"]
+    options = ["--prepared", "--whole", "--revision", "step-000000030", "--title", "after 30"]
     assert published(folder, *options) == 0
     assert server.titles(NAME, "step-000000030")[-1] == "after 30"
     assert set(STATE) <= set(server.files(NAME, "step-000000030"))
