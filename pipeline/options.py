@@ -20,7 +20,8 @@ class PretrainOptions(RecipeOptions):
     """Options of pretrain.py."""
 
     resume: str = "auto"
-    """auto: from the newest whole checkpoint, else fresh; must; never; or a checkpoint's path."""
+    """auto: from the newest whole checkpoint, else fresh; must; never; a checkpoint's path; or one
+    that was pushed whole, hub:USER/NAME@step-000001000."""
     overwrite: bool = False
     """Remove the run that the output folder holds, and start anew."""
     allow_change: list[str] = Field(default_factory=list)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline import artifact, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
+from pipeline.hub_checkpoint import PREFIX, fetched
 from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.push_list import LIST, PLACE
@@ -125,7 +126,8 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         # Verified while libraries are imported, rows opened and the model made.
         resume = "never" if options.overwrite else options.resume
         finder = stack.enter_context(ThreadPoolExecutor(1))
-        found = finder.submit(chosen, folder, resume) if is_main else None
+        find = fetched if resume.startswith(PREFIX) else lambda name, place: chosen(place, name)
+        found = finder.submit(find, resume, folder) if is_main else None
         try:
             yield Run(
                 False, begin, lambda: found.result(), lambda why: write("failed", why=why)
@@ -188,9 +190,8 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 def _claim(recipe: Recipe, options: PretrainOptions) -> str:
     """Return "new", "unfinished" or "finished"; look only."""
     folder, resume = recipe.output_dir, options.resume
-    named = Path(resume) if resume not in ("auto", "must", "never") else None
-    if named is not None:
-        check_named(named, contents=False)
+    if resume not in ("auto", "must", "never") and not resume.startswith(PREFIX):
+        check_named(Path(resume), contents=False)
     status = read_status(folder)
     if status is None:
         foreign = [name for name in RESULTS if (folder / name).exists()]
