@@ -275,3 +275,20 @@ def test_no_token_stands_in_what_is_said(server):
             push(attempts=1)
         assert "(bad header: Bearer hf_... hf_... fault" in str(caught.value)
         assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+def test_any_mix_of_faults_leaves_one_commit_of_each_push(server, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the library's own waits
+    check()
+    for seed in range(12):
+        server.random_faults(seed, 0.3)
+        files = {**FILES, "config.json": str(seed).encode(), "model.safetensors": b"%d\0" % seed}
+        for _ in range(50):
+            try:
+                head = push(files, title=f"push {seed}")
+                break
+            except hub.Temporary:
+                pass
+        server.random_faults(seed, 0)
+        assert server.files(NAME) == {**OURS, **files} and server.history(NAME)[0].oid == head
+    assert server.titles(NAME)[1:] == [f"push {seed}" for seed in range(12)]
