@@ -23,6 +23,9 @@ class Publication(NamedTuple):
     """One commit to be made, and where."""
 
     folder: Path
+    """That of the run, or of the model."""
+    source: Path
+    """Where the files lie: the folder, or a checkpoint in it."""
     files: dict[str, Path | bytes]
     repo_id: str
     revision: str
@@ -66,11 +69,11 @@ def listing(made: Publication) -> str:
     whose = "private" if made.is_private else "public"
     stays = sorted(
         f"{path.name}/" if path.is_dir() else path.name
-        for path in _source(made).iterdir()
+        for path in made.source.iterdir()
         if path.name not in made.files and path.name != IDENTITY
     )
     return "\n".join([
-        f"{_source(made)} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
+        f"{made.source} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
         *(f"{size:>15,}  {name}" for name, size in sizes.items()),
         f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files",
         *([f"stays here: {', '.join(stays)}"] if stays else []),
@@ -154,15 +157,17 @@ def _of_run(folder: Path, options: PublishOptions) -> Publication:
     if options.checkpoint is not None:
         source = _checkpoint(folder, options.checkpoint)
         record = read_checkpoint(folder, source)
-        base_model = hub_name((stated.get("model") or {}).get("pretrained"))
-        text = model_card(record, base_model=base_model)
     else:
         _check_finished(folder, record.state)
         if options.whole:
             raise InputError("--whole has a meaning with --checkpoint only: a result is no state")
         source = folder
-        text = _text(folder / CARD) if (folder / CARD).exists() else model_card(record)
-    files = _allowed(source, whole=options.whole)
+    files: dict[str, Path | bytes] = hub.files_of(source, whole=options.whole)
+    if CARD in files:
+        text = _text(files[CARD])
+    else:
+        base_model = hub_name((stated.get("model") or {}).get("pretrained"))
+        text = model_card(record, base_model=base_model)
     recipe = {**record.recipe, "training": _without_hub(record.recipe.get("training") or {})}
     files[CONFIG] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     updates, of = record.metrics.get("updates", 0), training.get("max_steps")
@@ -170,6 +175,7 @@ def _of_run(folder: Path, options: PublishOptions) -> Publication:
     private = training.get("hub_private_repo")
     made = Publication(
         folder=folder,
+        source=source,
         files=files,
         repo_id=options.repo_id or training.get("hub_model_id") or _unnamed(folder),
         revision=options.revision or (_branch(source) if options.checkpoint else "main"),
@@ -185,7 +191,8 @@ def _of_run(folder: Path, options: PublishOptions) -> Publication:
 def _of_model(folder: Path, options: PublishOptions) -> Publication:
     made = Publication(
         folder=folder,
-        files=_allowed(folder, whole=options.whole),
+        source=folder,
+        files=hub.files_of(folder, whole=options.whole),
         repo_id=options.repo_id or _unnamed(folder),
         revision=options.revision or "main",
         title=options.title or f"The model of {folder.resolve().name}",
@@ -207,14 +214,6 @@ def _with_card(made: Publication, text: str) -> Publication:
         language=options.language,
     )  # fmt: skip
     return made._replace(files={**made.files, CARD: text.encode()})
-
-
-def _allowed(folder: Path, *, whole: bool = False) -> dict[str, Path | bytes]:
-    """Return the files of a folder that may be sent."""
-    found = (path for path in sorted(folder.iterdir()) if path.is_file())
-    files = {path.name: path for path in found if hub.is_sent(path.name, whole=whole)}
-    files.pop(IDENTITY, None)  # written anew by the push
-    return files
 
 
 def _checkpoint(folder: Path, name: str) -> Path:
@@ -261,14 +260,6 @@ def _identity(made: Publication) -> str:
         return run_identity(made.folder)
     weights = [made.folder / name for name in made.files if name.endswith(".safetensors")]
     return kept_identity(made.folder) or f"weights-{artifact.fingerprint_of(weights)}"
-
-
-def _source(made: Publication) -> Path:
-    return (
-        _checkpoint(made.folder, made.options.checkpoint)
-        if made.options.checkpoint
-        else made.folder
-    )
 
 
 def _hints(made: Publication) -> list[str]:
