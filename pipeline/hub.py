@@ -57,6 +57,13 @@ def is_sent(name: str, *, whole: bool = False) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def files_of(folder: Path, *, whole: bool = False) -> dict[str, Path | bytes]:
+    """Return the files of a folder that may be published, for `push`, which adds whose they are."""
+    found = (path for path in sorted(folder.iterdir()) if path.is_file())
+    files = {path.name: path for path in found if is_sent(path.name, whole=whole)}
+    return {name: path for name, path in files.items() if name != IDENTITY}
+
+
 def check_name(repo_id: str, revision: str = "main") -> None:
     """See that names could be those of a repository and a branch; asks nobody.
 

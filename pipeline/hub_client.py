@@ -91,7 +91,7 @@ def within(seconds: float, work: Callable[[], T], repo_id: str) -> T:
         except BaseException as error:
             found.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name="asks the Hub", daemon=True).start()
     if not wait([found], seconds).done:
         raise Temporary(f"{repo_id}: {_host()} has not answered within {seconds:g} s")
     return found.result()
@@ -113,7 +113,7 @@ def _explained(error: Exception, repo_id: str) -> Temporary | Permanent | None:
         # What the library was at (a file, the card), and what the server says to it.
         about = "" if answered is error else f"{first_line(error)}: "
         response, said = answered.response, _said(answered, about)
-        answer = f"{repo_id}: {_host()} answers {response.status_code}{said}"
+        answer = f"{repo_id}: {_host()} answers {response.status_code} ({said})"
         status, is_store = response.status_code, isinstance(error, RuntimeError)
         # Links to the store of large files expire, and bytes arrive there broken: new ones help.
         if status in PASSING or status >= 500 or is_store:
@@ -121,7 +121,9 @@ def _explained(error: Exception, repo_id: str) -> Temporary | Permanent | None:
         if status == 401:
             return Permanent(f"{repo_id}: {_host()} refuses the token (401); {new_token()}")
         if status == 403:
-            return Permanent(f"{repo_id}: the token may not write there (403{said}); {new_token()}")
+            return Permanent(
+                f"{repo_id}: the token may not write there (403: {said}); {new_token()}"
+            )
         hint = (
             "; see whether the name is right, and what the token may see" if status == 404 else ""
         )
@@ -133,11 +135,11 @@ def _explained(error: Exception, repo_id: str) -> Temporary | Permanent | None:
     if isinstance(error, OSError) and error.filename is not None:
         return Permanent(f"{error.filename}: cannot be read: {error.strerror}")
     if any(isinstance(e, HTTPError | OSError | json.JSONDecodeError) for e in causes):
-        return Temporary(f"{repo_id}: {_host()} cannot be reached{_said(causes[-1])}")
+        return Temporary(f"{repo_id}: {_host()} cannot be reached ({_said(causes[-1])})")
     if isinstance(error, ValueError):  # a card or an answer that the library does not like
-        return Permanent(f"{repo_id}: cannot be sent{_said(error)}")
+        return Permanent(f"{repo_id}: cannot be sent ({_said(error)})")
     # The Rust library for large files has errors of its own.
-    return Temporary(f"{repo_id}: not sent{_said(error)}") if _is_rust(causes) else None
+    return Temporary(f"{repo_id}: not sent ({_said(error)})") if _is_rust(causes) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -158,7 +160,7 @@ def _said(error: BaseException, about: str = "") -> str:
     token = _token_or_none()
     said = said.replace(token, "hf_...") if token else said
     said = re.sub(r"hf_\w{8,}|(?<=[Bb]earer )\S+", "hf_...", " ".join(said.split()))
-    return f" ({said[:200].rstrip('.')})" if said else ""
+    return said[:200].rstrip(".")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -19,7 +19,7 @@ def model_card(record: RunRecord, *, base_model: str | None = None) -> str:
     Args:
         base_model: the Hub name of the model that it goes on from.
     """
-    parts = [_part(part) for part in run_parts(record)]
+    parts = [_part(part, has_picture=record.is_finished) for part in run_parts(record)]
     prompts = (record.recipe.get("generation") or {}).get("prompts")
     said = [f"{_plain(made_from(record))}."]
     if not record.is_finished:
@@ -115,13 +115,13 @@ def _again(record: RunRecord) -> str:
     return "\n\n".join(said)
 
 
-def _part(part: Part) -> str:
+def _part(part: Part, *, has_picture: bool) -> str:
     blocks = [f"## {part.title}", *map(_plain, part.sentences)]
     for table in part.tables:
         head = table.head or [""] * len(table.rows[0])
         rows = [head, ["---"] * len(head), *table.rows]
         blocks.append("\n".join(f"| {' | '.join(map(_plain, row))} |" for row in rows))
-    if part.panels:
+    if part.panels and has_picture:
         titles = ", ".join(panel.title.lower() for panel in part.panels)
         blocks.append(f"![{titles}]({PICTURE})")
     blocks += [f"*{_plain(label)}*\n\n{_fenced(text)}" for label, text in part.texts]

@@ -210,7 +210,7 @@ def _as_it_is(folder: Path, options: PublishOptions) -> Publication:
         raise InputError(f"{folder}: is none that a run has prepared; leave out --prepared")
     return Publication(
         folder=folder,
-        files=_allowed(folder, whole=True),
+        files=hub.files_of(folder, whole=True),
         identity=identity,
         repo_id=options.repo_id or "",
         revision=options.revision or "main",
@@ -232,16 +232,18 @@ def _of_run(folder: Path, options: PublishOptions, is_fresh: bool = False) -> Pu
     if options.checkpoint is not None:
         source = _checkpoint(folder, options.checkpoint, is_fresh)
         record = read_checkpoint(folder, source)
-        base_model = hub_name((stated.get("model") or {}).get("pretrained"))
-        text = model_card(record, base_model=base_model)
     else:
         _check_finished(folder, record.state)
         if options.whole:
             raise InputError("--whole has a meaning with --checkpoint only: a result is no state")
         source = folder
-        text = _text(folder / CARD) if (folder / CARD).exists() else model_card(record)
-    files = _allowed(source, whole=options.whole)
     _check_base(source)
+    files: dict[str, Path | bytes] = hub.files_of(source, whole=options.whole)
+    if CARD in files:
+        text = _text(files[CARD])
+    else:
+        base_model = hub_name((stated.get("model") or {}).get("pretrained"))
+        text = model_card(record, base_model=base_model)
     recipe = {**record.recipe, "training": _without_hub(record.recipe.get("training") or {})}
     files[CONFIG] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     updates, of = record.metrics.get("updates", 0), training.get("max_steps")
@@ -265,7 +267,7 @@ def _of_run(folder: Path, options: PublishOptions, is_fresh: bool = False) -> Pu
 
 
 def _of_model(folder: Path, options: PublishOptions) -> Publication:
-    files = _allowed(folder, whole=options.whole)
+    files: dict[str, Path | bytes] = hub.files_of(folder, whole=options.whole)
     _check_base(folder)
     weights = [folder / name for name in files if name.endswith(".safetensors")]
     made = Publication(
@@ -310,14 +312,6 @@ def _with_card(made: Publication, text: str) -> Publication:
         language=options.language,
     )  # fmt: skip
     return made._replace(files={**made.files, CARD: text.encode()})
-
-
-def _allowed(folder: Path, *, whole: bool = False) -> dict[str, Path | bytes]:
-    """Return the files of a folder that may be sent."""
-    found = (path for path in sorted(folder.iterdir()) if path.is_file())
-    files = {path.name: path for path in found if hub.is_sent(path.name, whole=whole)}
-    files.pop(IDENTITY, None)  # written anew by the push
-    return files
 
 
 def _checkpoint(folder: Path, name: str, is_fresh: bool) -> Path:

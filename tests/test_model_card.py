@@ -85,7 +85,7 @@ def test_a_checkpoint_s_card_tells_what_was_known_then(tmp_path):
     assert "A checkpoint after 20 of 40 updates, before training had ended." in text
     assert "update 20" in text and "update 30" not in text
     splits = {result.dataset_split for result in ModelCard(text).data.eval_results}
-    assert splits == {"validation"} and "metrics.json" not in text
+    assert splits == {"validation"} and "metrics.json" not in text and "curves.png" not in text
 
 
 def test_a_card_gets_the_model_s_name(tmp_path):

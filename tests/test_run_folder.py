@@ -67,6 +67,7 @@ def test_never_does_not_mean_overwrite(run_copy):
 
 def test_overwrite_removes_ours_and_nothing_else_when_training_begins(run_copy):
     (run_copy / "notes.txt").write_text("mine")
+    (run_copy / "pipeline_run.json").write_text("{}")  # the new run is another one on the Hub
     (run_copy / "checkpoint-7").mkdir()
     recipe = saved(run_copy, training__max_steps=30)
     with opened(recipe, overwrite=True) as run:
