@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import is_peft_available
 
 import pipeline.attention  # noqa: F401  registers its functions with transformers
 from pipeline.blocks import NO_LABEL
@@ -225,10 +227,15 @@ class TanhGELU(torch.nn.Module):
 def load_model(name: str) -> PreTrainedModel:
     """Return the causal language model in a folder or on the Hub, in fp32, on the best device.
 
+    Of a LoRA adapter it is the model that its adapter_config.json names, with the adapter in it.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is an adapter and peft is not installed.
     """
-    check_local(name, "model", "config.json")
+    if not (Path(name) / "adapter_config.json").is_file():
+        check_local(name, "model", "config.json")
+    elif not is_peft_available():
+        raise InputError(f"{name}: is a LoRA adapter, which needs the extra [lora] (peft)")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
     except Exception as error:  # network, name, file format
