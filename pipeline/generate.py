@@ -10,16 +10,19 @@ from collections.abc import Sequence
 
 from pipeline.command_line import enter, read_options
 from pipeline.options import GenerateOptions
-from pipeline.prompts import read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the prompts, load model and tokenizer, write."""
     options = read_options(argv, GenerateOptions, doc=__doc__)
+
+    # Not before: these imports take seconds, and --help should not.
+    from pipeline.prompts import read_prompts
+
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     prompts = read_prompts(options, at_terminal=at_terminal)
 
-    # Not before: these imports take seconds, and --help should not.
+    # Nor these, which a mistake in the prompts need not wait for.
     from pipeline import samples
     from pipeline.dialogue import Dialogue
     from pipeline.model import load_model

@@ -55,38 +55,29 @@ def write(
         InputError: the file cannot be written, a prompt cannot be encoded, too little memory, or a
             model whose logits are no numbers.
     """
-    file = _opened(options.output)
     contexts = [_context(prompt, model, tokenizer, options) for prompt in prompts]
     for number, (context, length) in enumerate(contexts, 1):
         if len(context) < length:
             which = f"prompt {number}: " if len(prompts) > 1 else ""
             notes.write(f"{which}{cut_note(length, context, model)}\n")
     ids = [context for context, _ in contexts]
-    if len(prompts) * options.num_samples == 1 and file is None:
-        if not options.chat:
-            out.write(prompts[0])
+    if options.output is not None:
+        _keep(_samples(model, tokenizer, prompts, ids, options), options.output)
+        out.write(f"{len(prompts) * options.num_samples:,} text(s) in {options.output}\n")
+    elif len(prompts) * options.num_samples == 1:
+        out.write("" if options.chat else prompts[0])
         for piece in streamed(model, tokenizer, ids[0], options):
             out.write(piece)
             out.flush()
         out.write("\n")
-        return
-    with contextlib.ExitStack() as stack:
-        if file is not None:
-            stack.enter_context(artifact.full_disk_said(Path(options.output).parent))
-            stack.enter_context(file)
+    else:
         for number, sample in _samples(model, tokenizer, prompts, ids, options):
-            if file is not None:
-                file.write(json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n")
-                file.flush()
-                continue
             head = [f"prompt {number} of {len(prompts)}"] if len(prompts) > 1 else []
             if options.num_samples > 1:
                 head += [f"sample {sample.sample} of {options.num_samples}, seed {sample.seed}"]
             text = sample.text if options.chat else sample.prompt + sample.text
             out.write(f"--- {', '.join(head)}\n{text}\n\n")
             out.flush()
-    if file is not None:
-        out.write(f"{len(prompts) * options.num_samples:,} text(s) in {options.output}\n")
 
 
 def streamed(
@@ -189,15 +180,14 @@ def _said(batch_size: int) -> Iterator[None]:
         ) from None
 
 
-def _opened(output: str | None) -> TextIO | None:
-    if output is None:
-        return None
+def _keep(samples: Iterator[tuple[int, Sample]], output: str) -> None:
+    """Write JSON lines as they come: those before an interruption stay."""
     path = Path(output)
     if path.suffix != ".jsonl":
         raise InputError(f"--output {output}: JSON lines are written; give a name in .jsonl")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(f"--output {output}: cannot be written; give a file in a folder that can")
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written: {error.strerror}") from None
+    with artifact.full_disk_said(path.parent), path.open("w", encoding="utf-8") as file:
+        for _, sample in samples:
+            file.write(json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n")
+            file.flush()
