@@ -164,7 +164,7 @@ class GenerateOptions(SamplingFields):
     """Texts for each prompt (transformers: num_return_sequences); the seed of each is one more than
     that of the one before, and gives it alone, too."""
     batch_size: int = Field(16, ge=1)
-    """Texts that are written together."""
+    """Texts that are written together: more of them are faster, and take more memory."""
     chat: bool | None = None
     """The prompt is a message, put into the tokenizer's chat template (default: in the interactive
     mode, if it has one, where the conversation is kept until /new)."""

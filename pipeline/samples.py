@@ -17,6 +17,7 @@ from pipeline.generation import end_ids, new_ids
 from pipeline.options import GenerateOptions
 from pipeline.prompts import chat_ids, context_ids, fitted
 from pipeline.recipe import InputError
+from pipeline.sections import SamplingFields
 from pipeline.whole_characters import WholeCharacters
 
 # So many batches are sorted by length: a person reads on meanwhile, and little is lost with them.
@@ -84,7 +85,7 @@ def streamed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     context: list[int],
-    options: GenerateOptions,
+    sampling: SamplingFields,
 ) -> Iterator[str]:
     """Yield a text in whole characters, as it is written.
 
@@ -93,7 +94,7 @@ def streamed(
     """
     characters, ends = WholeCharacters(tokenizer), end_ids(model, tokenizer)
     with _said(1):
-        for [number] in new_ids(model, [context], [options.seed], options, ends):
+        for [number] in new_ids(model, [context], [sampling.seed], sampling, ends):
             if number not in ends and (piece := characters.push(number)):
                 yield piece
     if rest := characters.flush():

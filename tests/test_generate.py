@@ -19,6 +19,7 @@ from pipeline import generate
 from pipeline.command_line import read_options
 from pipeline.model import build_model
 from pipeline.options import GenerateOptions
+from pipeline.prompts import read_prompts
 from pipeline.recipe import InputError
 from pipeline.sections import ModelSection
 
@@ -147,6 +148,15 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(tmp_path, monkeypatc
     with pytest.raises(InputError) as caught:
         generate.main(["--model", "nowhere", *argv])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_person_at_a_terminal_is_asked_where_no_prompt_is_given():
+    assert read_prompts(read(), at_terminal=True) is None
+    assert read_prompts(read("--interactive"), at_terminal=False) is None
+    assert read_prompts(read("--prompt", ""), at_terminal=True) == [""]
+    for argv in (["--num_samples", "2"], ["--output", "a.jsonl"]):
+        with pytest.raises(InputError, match="need --prompt or --prompts_file"):
+            read_prompts(read(*argv), at_terminal=True)
 
 
 @pytest.mark.parametrize(
