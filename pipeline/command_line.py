@@ -133,7 +133,7 @@ def _words(argv: Sequence[str], options: type[Section]) -> dict[str, Any]:
 def _value(key: str, words: list[str], options: type[Section]) -> Any:
     if not words:
         field = options.model_fields.get(key)
-        if field is not None and field.annotation is bool:
+        if field is not None and field.annotation in (bool, bool | None):
             return True
         raise InputError(f"--{key}: a value is missing")
     if len(words) > 1:

@@ -1,6 +1,8 @@
-"""Let a trained model go on from a prompt.
+"""Let a trained model go on from prompts.
 
 python pipeline/generate.py --model outputs/quickstart --prompt "def read("
+python pipeline/generate.py --model outputs/quickstart --prompts_file a.txt --output texts.jsonl
+python pipeline/generate.py --model outputs/quickstart
 """
 
 import sys
@@ -11,18 +13,27 @@ from pipeline.options import GenerateOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Load model and tokenizer, write."""
+    """Read the prompts, load model and tokenizer, write."""
     options = read_options(argv, GenerateOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help should not.
-    from pipeline.generation import continuation
+    from pipeline.prompts import read_prompts
+
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    prompts = read_prompts(options, at_terminal=at_terminal)
+
+    # Nor these, which a mistake in the prompts need not wait for.
+    from pipeline import samples
+    from pipeline.dialogue import Dialogue
     from pipeline.model import load_model
     from pipeline.tokenizer import load_tokenizer
 
     model, tokenizer = load_model(options.model), load_tokenizer(options.model)
-    settings = options.model_dump(exclude={"model", "prompt"})
-    text = continuation(model, tokenizer, options.prompt, **settings)
-    sys.stdout.write(f"{options.prompt}{text}\n")
+    streams = {"out": sys.stdout, "notes": sys.stderr}
+    if prompts is None:
+        Dialogue(model, tokenizer, options, **streams).run()
+    else:
+        samples.write(model, tokenizer, prompts, options, **streams)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -247,7 +248,7 @@ def load_model(name: str) -> PreTrainedModel:
     An adapter comes with its base, its products added to the weights.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is an adapter and peft is not installed.
     """
     if adaptation.is_adapter(name):
         model = adaptation.merged(name)

@@ -1,10 +1,10 @@
 """What can be typed at each door besides a recipe's keys."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.sections import CardFields, Section, SourceFields, Temperature
+from pipeline.sections import CardFields, SamplingFields, Section, SourceFields
 
 
 class RecipeOptions(Section):
@@ -171,20 +171,60 @@ class PublishOptions(CardFields):
         return self
 
 
-class GenerateOptions(Section):
+# Temperature and top_k by name: those of the course notes, whose "factual" is as precise as they
+# get, and between them what is sampled in training (sections.SamplingFields).
+PRESETS = {
+    "creative": {"temperature": 1.2, "top_k": 100},
+    "balanced": {"temperature": 0.8, "top_k": 40},
+    "precise": {"temperature": 0.1, "top_k": 10},
+    "factual": {"temperature": 0.1, "top_k": 10},
+    "code": {"temperature": 0.3, "top_k": 30},
+}
+
+
+class GenerateOptions(SamplingFields):
     """Options of generate.py."""
 
     model: str
-    """Folder or Hub name of the model and its tokenizer."""
-    prompt: str
-    """Beginning to continue."""
-    max_new_tokens: int = Field(80, ge=1)
-    """Length of the continuation in tokens; it stops earlier at end-of-text."""
-    temperature: Temperature = 0.8
-    """Divides the logits; 0 is greedy."""
-    top_k: int = Field(40, ge=0)
-    """Sample among this many most likely tokens; 0: all."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample among the most likely tokens that together have this probability."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the sampling."""
+    """Folder or Hub name of the model (or LoRA adapter) and its tokenizer."""
+    prompt: str | None = None
+    """Beginning to continue; an empty one starts a new document, and <|endoftext|> in it is the
+    control token."""
+    prompts_file: str | None = None
+    """Beginnings to continue, in batches: .txt with one a line (blank lines are left out), or
+    .jsonl with a field "prompt"."""
+    interactive: bool = False
+    """Type prompts and read on as the model writes (the default at a terminal)."""
+    preset: Literal["creative", "balanced", "precise", "factual", "code"] = "balanced"
+    """Temperature and top_k by name: creative 1.2 and 100, balanced 0.8 and 40, precise or factual
+    0.1 and 10, code 0.3 and 30; one that is given, too, wins."""
+    num_samples: int = Field(1, ge=1)
+    """Texts for each prompt (transformers: num_return_sequences); the seed of each is one more than
+    that of the one before, and gives it alone, too."""
+    batch_size: int = Field(16, ge=1)
+    """Texts that are written together: more of them are faster, and take more memory."""
+    chat: bool | None = None
+    """The prompt is a message, put into the tokenizer's chat template (default: in the interactive
+    mode, if it has one, where the conversation is kept until /new)."""
+    output: str | None = None
+    """File to write the texts to, JSON lines, instead of showing them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_beneath(cls, values: Any) -> Any:
+        return {**PRESETS.get(str(values.get("preset")), {}), **values}
+
+    @model_validator(mode="after")
+    def _one_kind_of_prompt(self) -> "GenerateOptions":
+        if (self.prompt is not None) + (self.prompts_file is not None) + self.interactive > 1:
+            raise ValueError("give one of --prompt, --prompts_file and --interactive, not several")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"--num_samples {self.num_samples}: greedy (--temperature 0) writes the same text "
+                "each time; leave it out or raise the temperature"
+            )
+        if self.interactive and (self.num_samples > 1 or self.output is not None):
+            raise ValueError(
+                "--num_samples and --output have no meaning with --interactive; leave them out"
+            )
+        return self

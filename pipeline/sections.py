@@ -443,19 +443,31 @@ class EvaluationSection(Section):
         return self
 
 
-class GenerationSection(Section):
+class SamplingFields(Section):
+    """How a continuation is drawn from a model's probabilities, in transformers' words."""
+
+    max_new_tokens: int = Field(80, ge=1)
+    """Length of a continuation in tokens; it stops earlier at end-of-text."""
+    temperature: Temperature = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among this many most likely tokens; 0: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the most likely tokens that together have this probability."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Above 1, tokens that the text has already are less likely (1.2 is the CTRL paper's); 1: off.
+    """
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the samples."""
+
+
+class GenerationSection(SamplingFields):
     """What the model is asked to write at each evaluation and for the summary."""
 
     prompts: list[str] = Field(default_factory=list)
     """Beginnings to continue."""
     max_new_tokens: int = Field(64, ge=1)
     """Length of a continuation in tokens."""
-    temperature: Temperature = 0.8
-    """Divides the logits; 0 is greedy."""
-    top_k: int = Field(40, ge=0)
-    """Sample among this many most likely tokens; 0: all."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the samples."""
 
     @model_validator(mode="before")
     @classmethod

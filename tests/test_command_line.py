@@ -92,8 +92,8 @@ def test_options_of_doors_without_a_recipe():
     assert (options.files, options.json_) == (["a.txt"], "n.json")
     options = read_options(["--model", "m", "--prompt", "[1, 2"], GenerateOptions, doc="")
     assert options.prompt == "[1, 2"
-    with pytest.raises(InputError, match="--prompt is required"):
-        read_options(["--model", "m"], GenerateOptions, doc="")
+    with pytest.raises(InputError, match="--model is required"):
+        read_options(["--prompt", "x"], GenerateOptions, doc="")
     with pytest.raises(InputError, match="did you mean --temperature"):
         read_options(["--model", "m", "--temprature", "1"], GenerateOptions, doc="")
     with pytest.raises(InputError, match="--top_p"):

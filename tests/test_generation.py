@@ -5,8 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from pipeline.generation import continuation
+from pipeline.generation import candidates, chosen, continuation, new_ids, penalised
+from pipeline.sections import SamplingFields
 
 POSITIONS = 16
 GREEDY = {"temperature": 0.0}
@@ -23,7 +31,7 @@ class Ids:
         return self._tokenizer(text, **options)
 
     def decode(self, ids, **_):
-        return ids.tolist()
+        return ids
 
 
 @pytest.fixture
@@ -55,8 +63,13 @@ def endless(model, tokenizer):
 
 
 def argmax_loop(model, context, count):
-    """Return `count` likeliest ids one by one; a full context is cut to the last half of it."""
+    """Return `count` likeliest ids one by one; a full context is cut to the last half of it.
+
+    Of a prompt that fills the positions as much stays as leaves room, at least half.
+    """
     context, written = list(context), []
+    if len(context) >= POSITIONS:
+        context = context[-max(POSITIONS // 2, POSITIONS - count) :]
     for _ in range(count):
         if len(context) >= POSITIONS:
             context = context[-(POSITIONS // 2) :]
@@ -199,3 +212,135 @@ def test_text_in_a_prompt_that_fills_the_positions_still_counts(endless, tokeniz
     a = continuation(endless, tokenizer, long, max_new_tokens=12, **GREEDY)
     b = continuation(endless, tokenizer, long + "東", max_new_tokens=12, **GREEDY)
     assert a != b
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_generate_within_the_positions(model, tokenizer, ids, penalty):
+    for prompt in ["t", "the model", "東京"]:
+        context = torch.tensor([tokenizer(prompt)["input_ids"]])
+        count = POSITIONS - context.shape[1]
+        expected = model.generate(
+            context, attention_mask=torch.ones_like(context), max_new_tokens=count,
+            do_sample=False, repetition_penalty=penalty,
+        )[0, context.shape[1] :].tolist()  # fmt: skip
+        found = continuation(
+            model, ids, prompt, max_new_tokens=count, repetition_penalty=penalty, **GREEDY
+        )
+        assert found == expected
+
+
+def sampling(**settings):
+    return SamplingFields(**{"temperature": 1.0, "top_k": 0} | settings)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 100, 1000])
+@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
+def test_candidates_are_those_of_the_library(temperature, top_k, top_p):
+    """Ids that transformers leaves, in its order of temperature, top-k and top-p, as likely."""
+    logits = 4 * torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
+    steps = [TemperatureLogitsWarper(temperature)]
+    steps += [TopKLogitsWarper(top_k)] if top_k else []
+    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    wanted = LogitsProcessorList(steps)(None, logits.clone()).softmax(-1)
+    settings = sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    ids, probabilities = candidates(logits, settings)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    found = torch.zeros_like(wanted).scatter(1, ids, probabilities.float())
+    assert torch.equal(found > 0, wanted > 0)
+    torch.testing.assert_close(found, wanted)
+    assert (ids.diff(dim=-1) > 0).all()
+
+
+def test_a_repetition_penalty_is_that_of_the_library():
+    source = torch.Generator().manual_seed(0)
+    logits, seen = torch.randn(4, 50, generator=source), torch.randint(50, (4, 9), generator=source)
+    wanted = RepetitionPenaltyLogitsProcessor(1.2)(seen, logits.clone())
+    assert torch.equal(penalised(logits, seen, 1.2), wanted)
+
+
+def test_a_draw_falls_into_the_share_of_its_id():
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
+    for draw, expected in [(0, 0), (0.19, 0), (0.21, 2), (0.69, 2), (0.71, 3), (1 - 2**-53, 3)]:
+        assert chosen(logits.clamp(min=-1e4), [draw], sampling()) == [expected]
+
+
+def texts_of(model, contexts, seeds, settings, ends=frozenset()):
+    """Return the new ids of each context, written together."""
+    found = [[] for _ in contexts]
+    for step in new_ids(model, contexts, seeds, settings, set(ends)):
+        for ids, number in zip(found, step, strict=True):
+            ids += [] if number is None else [number]
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"top_k": 40},
+        {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.3},
+    ],
+)
+def test_a_text_is_the_same_alone_and_beside_others(model, settings):
+    """Of other lengths, that end earlier, and that fill the positions at other times."""
+    source = random.Random(0)
+    contexts = [
+        [source.randrange(384) for _ in range(length)] for length in (1, 3, 3, 9, 14, 15, 16, 2)
+    ]
+    seeds, settings = [5, 0, 0, 1, 2, 3, 4, 2**32], sampling(max_new_tokens=40, **settings)
+    everything = texts_of(model, contexts, seeds, settings)
+    assert [len(ids) for ids in everything] == [40] * 8
+    ends = {everything[2][20], everything[4][3], everything[1][0]}
+    found = texts_of(model, contexts, seeds, settings, ends)
+    assert len({len(ids) for ids in found}) > 2
+    for context, seed, together, endless in zip(contexts, seeds, found, everything, strict=True):
+        assert [together] == texts_of(model, [context], [seed], settings, ends)
+        assert together == endless[: len(together)]
+        assert len(together) == 40 or together[-1] in ends
+
+
+def test_what_fills_a_row_up_is_not_read(model, tokenizer):
+    """Logits of rows side by side are those of each alone, to rounding."""
+    contexts = [tokenizer(text)["input_ids"] for text in ("the model reads", "a", "東京 is")]
+    heard = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    [together] = [next(new_ids(model, contexts, [0] * 3, sampling(), set()))]
+    batch = heard.pop()[:, -1]
+    for row, context in enumerate(contexts):
+        assert next(new_ids(model, [context], [0], sampling(), set())) == [together[row]]
+        torch.testing.assert_close(heard.pop()[0, -1], batch[row], rtol=0, atol=2e-5)
+
+
+def test_the_same_prompt_with_other_seeds_and_other_prompts_draw_otherwise(model):
+    flat = constant(model, torch.zeros(384))
+    found = texts_of(flat, [[1], [1], [2], [1]], [0, 1, 0, 0], sampling(max_new_tokens=12))
+    assert found[0] == found[3]
+    assert len({tuple(ids) for ids in found}) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error(tiny_model, tokenizer, temperature, wrong):
+    logits = torch.zeros(384)
+    logits[7] = wrong
+    model = constant(tiny_model, logits)
+    with pytest.raises(RuntimeError, match="not finite"):
+        continuation(model, tokenizer, "the", max_new_tokens=3, temperature=temperature)
+
+
+def test_attention_without_a_mask_reads_no_rows_of_different_lengths(rough_model):
+    rough_model.set_attn_implementation("blockwise_causal")
+    same = texts_of(rough_model, [[1, 2], [3, 4]], [0, 0], sampling(max_new_tokens=4))
+    assert all(len(ids) == 4 for ids in same)
+    with pytest.raises(AssertionError):
+        texts_of(rough_model, [[1, 2], [3]], [0, 0], sampling(max_new_tokens=4))
+
+
+def test_a_text_that_is_not_read_to_its_end_leaves_the_model_as_it_was(model):
+    model.train()
+    stream = new_ids(model, [[1]], [0], sampling(), set())
+    next(stream)
+    assert not model.training
+    stream.close()
+    assert model.training

@@ -19,6 +19,7 @@ WITHOUT_TORCH = (
     "streaming",
     "command_line",
     "options",
+    "prompts",
     "known_fields",
     "lr_schedule",
     "hub",
