@@ -42,7 +42,8 @@ SECONDS_FOR_A_WORD = 2.0
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "samples.txt",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "README.md", "samples.txt",
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 
