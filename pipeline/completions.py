@@ -107,7 +107,7 @@ def _turns(messages: Any, where: str) -> list[str]:
                 f"{here} is {reprlib.repr(message)}; a message has a role and a content"
             )
         role, content = message["role"], message["content"]
-        if role not in SPEAKERS:
+        if not isinstance(role, str) or role not in SPEAKERS:
             raise InputError(f"{here} has the role {role!r}; known: {', '.join(SPEAKERS)}")
         if not isinstance(content, str):
             parts = "; join its parts" if isinstance(content, list) else ""
