@@ -86,8 +86,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     Sets up devices and, under a launcher, the process group.
 
     Raises:
-        InputError: a field is ours, a value is refused by transformers, or the device lacks the
-            precision.
+        InputError: a field is ours, a value is refused by transformers, or the device lacks
+            the precision.
     """
     stated = dict(recipe.training)
     for name in stated:
@@ -102,6 +102,12 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             )
     if recipe.optimizer.name == "muon":
         _check_muon(stated)
+    if recipe.model.lora_r is not None and _is_sharded():
+        raise InputError(
+            "model.lora_r: the adapter's checkpoints are written by one process that holds it "
+            "whole, and the accelerate config shards it (FSDP or DeepSpeed); use "
+            "accelerate_configs/ddp.yaml"
+        )
     on_cpu = stated.get("use_cpu", False) or not (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
@@ -187,12 +193,16 @@ def _check_muon(stated: dict[str, Any]) -> None:
             f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"
         )
-    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if any(os.environ.get(name, "false").lower() in ("1", "true") for name in launcher):
+    if _is_sharded():
         raise InputError(
             "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
             "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
         )
+
+
+def _is_sharded() -> bool:
+    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "false").lower() in ("1", "true") for name in launcher)
 
 
 def gradient_accumulation_steps(

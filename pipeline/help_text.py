@@ -88,6 +88,8 @@ def _kind(annotation: Any) -> str:
     if parts and isinstance(parts[0], type) and issubclass(parts[0], BaseModel):
         fields = ", ".join(parts[0].model_fields)
         return f"list of {{{fields}}}"
+    if parts and typing.get_origin(parts[0]) is Literal:
+        return f"list of {_kind(parts[0])}"
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     name = str(annotation) if parts else name
     return name.replace("typing.", "").replace(" | None", "").replace("NoneType", "null")

@@ -58,13 +58,15 @@ def cosine_with_restarts(
 def schedule(section: ScheduleSection, *, max_steps: int) -> Callable[[int], float]:
     """Return the recipe's schedule for a run of `max_steps` updates.
 
-    A `functools.partial` of a function: what a checkpoint restores into it is nothing, so that a
+    With `past_updates` it is the end of the schedule of a run that many updates longer. A
+    `functools.partial` of a function: what a checkpoint restores into it is nothing, so that a
     changed horizon counts.
 
     Raises:
         InputError: the warm-up is not shorter than the horizon.
     """
-    decay_steps = _steps(section.horizon_steps, max_steps, whole_is_a_fraction=True)
+    whole = section.past_updates + max_steps
+    decay_steps = _steps(section.horizon_steps, whole, whole_is_a_fraction=True)
     warmup_steps = _steps(section.warmup_steps, decay_steps, whole_is_a_fraction=False)
     if warmup_steps >= decay_steps:
         raise InputError(
@@ -72,14 +74,18 @@ def schedule(section: ScheduleSection, *, max_steps: int) -> Callable[[int], flo
             f"{decay_steps}: the warm-up must be the shorter"
         )
     common = {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "floor": section.floor}
-    if section.name == "wsd":
-        return functools.partial(
-            warmup_stable_decay, **common, decay_fraction=section.decay_fraction
-        )
-    if section.name == "cosine_restarts":
-        return functools.partial(cosine_with_restarts, **common, cycles=section.cycles)
-    curve = {"cosine": cosine_with_floor, "linear": linear_with_floor}[section.name]
-    return functools.partial(curve, **common)
+    curve, own = {
+        "cosine": (cosine_with_floor, {}),
+        "linear": (linear_with_floor, {}),
+        "wsd": (warmup_stable_decay, {"decay_fraction": section.decay_fraction}),
+        "cosine_restarts": (cosine_with_restarts, {"cycles": section.cycles}),
+    }[section.name]
+    curve = functools.partial(curve, **common, **own)
+    return functools.partial(_later, curve, section.past_updates) if section.past_updates else curve
+
+
+def _later(curve: Callable[[int], float], past: int, step: int) -> float:
+    return curve(past + step)
 
 
 def _steps(value: float, whole: int, *, whole_is_a_fraction: bool) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,8 +20,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 import pipeline.attention  # noqa: F401  registers its functions with transformers
+from pipeline import adaptation
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
+from pipeline.pretrained import pretrained_config
 from pipeline.recipe import InputError, check_local, first_line, not_loaded
 from pipeline.sections import ModelSection
 
@@ -54,11 +55,18 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
             is missing, not a GPT-2, or has fewer positions than `block_size`.
     """
     if section.pretrained is not None:
-        config = _pretrained_config(section.pretrained)
+        config = pretrained_config(section)
+        if section.lora_r is not None:
+            adaptation.check_peft("model.lora_r")
         if block_size > config.n_positions:
             raise InputError(
                 f"data.block_size is {block_size}, but {section.pretrained} has "
                 f"{config.n_positions} positions; set data.block_size to that or less"
+            )
+        if section.frozen_blocks > config.n_layer:
+            raise InputError(
+                f"model.frozen_blocks is {section.frozen_blocks}, but {section.pretrained} has "
+                f"{config.n_layer} blocks"
             )
         return
     for name in section.config:
@@ -93,8 +101,11 @@ def build_model(
     block_size: int,
     seed: int,
     attend_across: bool = True,
+    added_tokens: int = 0,
 ) -> GPT2LMHeadModel:
     """Return the model in fp32, its vocabulary, positions and special ids set.
+
+    Of a pretrained model the tokenizer's last `added_tokens` entries begin with the mean embedding.
 
     Fresh weights follow GPT-2 (Radford et al. 2019): normal with standard deviation 0.02, the
     projections into the residual stream 0.02 / sqrt(2 * layers). With `attend_across` false the
@@ -110,7 +121,9 @@ def build_model(
     options = {"attn_implementation": section.attn_implementation}
     try:
         if section.pretrained is not None:
-            model = GPT2LMHeadModel.from_pretrained(section.pretrained, dtype="float32", **options)
+            model = GPT2LMHeadModel.from_pretrained(
+                section.pretrained, revision=section.revision, dtype="float32", **options
+            )
         else:
             config = _fresh_config(
                 section,
@@ -125,11 +138,17 @@ def build_model(
         if section.pretrained is None:
             raise InputError(f"model.config: {first_line(error)}") from None
         raise not_loaded(f"model.pretrained {section.pretrained}", "model", error) from None
-    if len(tokenizer) > model.config.vocab_size:
+    known = len(tokenizer) - added_tokens
+    if known > model.config.vocab_size:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} entries, but {section.pretrained} knows only "
+            f"the tokenizer has {known} entries, but {section.pretrained} knows only "
             f"{model.config.vocab_size}; leave out tokenizer: to use the model's own"
         )
+    if section.pretrained is not None:
+        adaptation.fit_vocabulary(model, known=known, wanted=len(tokenizer))
+        if section.cut_positions:
+            adaptation.fit_positions(model, block_size)
+        adaptation.choose_trained(model, section)
     if not attend_across:
         check_documents_are_apart(model)
     if not attend_across or hasattr(model.config, "attend_across"):
@@ -225,22 +244,29 @@ class TanhGELU(torch.nn.Module):
 def load_model(name: str) -> PreTrainedModel:
     """Return the causal language model in a folder or on the Hub, in fp32, on the best device.
 
+    An adapter comes with its base, its products added to the weights.
+
     Raises:
         InputError: there is none.
     """
-    check_local(name, "model", "config.json")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", trust_remote_code=False)
-    except Exception as error:  # network, name, file format
-        raise not_loaded(name, "model", error) from None
+    if adaptation.is_adapter(name):
+        model = adaptation.merged(name)
+    else:
+        check_local(name, "model", "config.json")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype="float32", trust_remote_code=False
+            )
+        except Exception as error:  # network, name, file format
+            raise not_loaded(name, "model", error) from None
     _use_fused_activation(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to("mps" if torch.backends.mps.is_available() else device).eval()
 
 
-def parameter_count(model: GPT2LMHeadModel) -> int:
-    """Return the number of parameters, the tied embedding counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameter_count(model: GPT2LMHeadModel, *, trained: bool = False) -> int:
+    """Return the number of parameters, or of those that are trained, the tied embedding once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _fresh_config(
@@ -260,14 +286,3 @@ def _fresh_config(
         )
     except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own
         raise InputError(f"model.config: {' '.join(str(error).split())}") from None
-
-
-def _pretrained_config(name: str) -> GPT2Config:
-    check_local(name, "model", "config.json")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # network, name, file format
-        raise not_loaded(f"model.pretrained {name}", "model", error) from None
-    if not isinstance(config, GPT2Config):
-        raise InputError(f"model.pretrained {name}: is a {config.model_type}, not a GPT-2")
-    return config

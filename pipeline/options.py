@@ -4,7 +4,13 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.sections import NOT_OF_EXAMPLES, Section, SourceFields, Temperature
+from pipeline.sections import (
+    NOT_OF_EXAMPLES,
+    CardFields,
+    Section,
+    SourceFields,
+    Temperature,
+)
 
 
 class RecipeOptions(Section):
@@ -132,6 +138,41 @@ class WriteReportOptions(Section):
     """Folders of runs, finished or not; of several their comparison is written."""
     html: str | None = None
     """File to write (default: report.html in the run's folder; of several runs comparison.html)."""
+
+
+class PublishOptions(CardFields):
+    """Options of publish.py; license and language are those of the card if they are not given."""
+
+    run: str
+    """Folder of a finished run, or of any model with its tokenizer."""
+    repo_id: str | None = None
+    """USER/NAME on the Hub (default: training.hub_model_id of the run's recipe)."""
+    private: bool | None = None
+    """Whether only its owner may read it (default: training.hub_private_repo, else true)."""
+    revision: str | None = None
+    """Branch (default: main; of a checkpoint one of its own, step-000000100)."""
+    checkpoint: str | None = None
+    """A checkpoint of the run, checkpoint-100 for instance, instead of the result."""
+    whole: bool = False
+    """Of a checkpoint: also what it takes to go on from it (optimizer, generators, manifest)."""
+    title: str | None = None
+    """Title of the commit (default: after how many updates)."""
+    space: bool = False
+    """Also make a page on which the model can be tried, the Space USER/NAME-demo."""
+    force: bool = False
+    """Write over another model that is there."""
+    checked: bool = False
+    """Send at once: a run has looked before whether it may."""
+    dry_run: bool = False
+    """Show the files and the card, and contact nobody."""
+    attempts: int = Field(5, ge=1)
+    """Times that sending is tried."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "PublishOptions":
+        if self.space and self.checkpoint is not None:
+            raise ValueError("--space shows a finished model: leave out it or --checkpoint")
+        return self
 
 
 class GenerateOptions(Section):

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         corpus = Corpus(recipe.data, recipe.cleaning, digests=recipe.digests_path)
         await_tokenizer(recipe.tokenizer, recipe.tokenizer_dir, rank=rank)
         tokenizer = obtain_tokenizer(
-            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained,
+            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model,
             for_text_only=True, is_awaited=world_size > 1,
         )  # fmt: skip
         prepare_blocks(

@@ -19,24 +19,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not before: torch takes seconds, and --help or a misspelt key should not.
     from pipeline import report, run_folder
     from pipeline.arguments import training_arguments
-    from pipeline.machine import warm_compiler
     from pipeline.model import build_model, check_model
+    from pipeline.pretrained import settled
     from pipeline.processes import Processes
     from pipeline.run_data import obtain_run_data
     from pipeline.tasks import check_tasks
     from pipeline.trainer import PretrainingTrainer
 
-    recipe, arguments = training_arguments(recipe)
+    recipe, arguments = training_arguments(settled(recipe))
     check_model(recipe.model, block_size=recipe.data.block_size)
     processes = Processes(arguments)
     with run_folder.opened(recipe, options, processes) as run:
         if not run.finished:
             processes.told(lambda: check_tasks(recipe.evaluation.tasks), patiently=True)
-            warm_compiler(arguments)
             data = obtain_run_data(recipe, arguments)
             model = build_model(
                 recipe.model, data.tokenizer, block_size=recipe.data.block_size,
                 seed=arguments.seed, attend_across=recipe.data.attend_across,
+                added_tokens=len(recipe.tokenizer.added_tokens),
             )  # fmt: skip
             trainer = PretrainingTrainer(
                 recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,

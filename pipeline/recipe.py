@@ -20,6 +20,7 @@ from pipeline.sections import (
     EvaluationSection,
     FaultSection,
     GenerationSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     ScheduleSection,
@@ -93,6 +94,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     faults: FaultSection = Field(default_factory=FaultSection)
+    hub: HubSection = Field(default_factory=HubSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""
 
@@ -108,6 +110,24 @@ class Recipe(Section):
             raise ValueError("give only one of tokenizer.vocab_size and tokenizer.pretrained")
         if not any(given) and self.model.pretrained is None:
             raise ValueError("give tokenizer.vocab_size to train one, or tokenizer.pretrained")
+        return self
+
+    @model_validator(mode="after")
+    def _a_pretrained_model(self) -> "Recipe":
+        if self.model.pretrained is None:
+            if self.schedule.goes_on:
+                raise ValueError("schedule.goes_on has a meaning with model.pretrained only")
+        elif self.model.lora_r is not None:
+            if self.tokenizer.added_tokens:
+                raise ValueError(
+                    "tokenizer.added_tokens need embeddings of their own, and with model.lora_r "
+                    "these stay as they are; leave one of them out"
+                )
+            if self.optimizer.name == "muon":
+                raise ValueError(
+                    "optimizer.name muon evens out whole matrices, and with model.lora_r only "
+                    "their adapter is trained; use adamw"
+                )
         return self
 
     @model_validator(mode="after")

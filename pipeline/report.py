@@ -1,7 +1,6 @@
 """What a run leaves to be read: numbers and logs, page, picture and model card; the summary."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifact
 from pipeline.curves import draw
 from pipeline.machine import hardware
-from pipeline.model_card import model_card
+from pipeline.model_card import hub_name, model_card
 from pipeline.recipe import Recipe
 from pipeline.report_page import run_page
 from pipeline.report_parts import made_from
@@ -52,7 +51,7 @@ def write_report(
         artifact.write_whole(folder / METRICS, artifact.as_json(metrics), synced=True)
         record = read_run(folder)
         draw(record.panels, folder / PICTURE)
-        card = model_card(record, base_model=_hub_name(recipe.model.pretrained))
+        card = model_card(record, base_model=hub_name(recipe.model.pretrained))
         artifact.write_whole(folder / "README.md", card)
         artifact.write_whole(folder / PAGE, run_page(record))
 
@@ -92,10 +91,15 @@ def summary(recipe: Recipe) -> str:
         lines += ["", "It writes:", *(f"    {line}" for line in metrics["sample"].split("\n"))]
     prompts = recipe.generation.prompts or ["The "]
     wrote = [PAGE, METRICS, "samples.txt", "README.md", "config.yaml"]
+    what = "the model (from_pretrained opens the folder)"
+    if recipe.model.lora_r is not None:
+        what = (
+            "the adapter (peft opens the folder; convert_weights.py makes it one with "
+            f"{recipe.model.pretrained})"
+        )
     lines += [
         "",
-        f"In {folder}: the model (from_pretrained opens the folder), "
-        f"{', '.join(name for name in wrote if (folder / name).exists())}",
+        f"In {folder}: {what}, {', '.join(name for name in wrote if (folder / name).exists())}",
         f"Go on: python pipeline/generate.py --model {folder} --prompt {shlex.quote(prompts[0])}",
     ]
     return "\n".join(lines)
@@ -114,8 +118,3 @@ def _interval(metrics: dict[str, Any]) -> list[str]:
 def _json_lines(history: list[dict[str, Any]]) -> str:
     """Return a JSON list, a log on each line."""
     return "[\n" + ",\n".join(artifact.as_json(log, indent=None) for log in history) + "\n]"
-
-
-def _hub_name(pretrained: str | None) -> str | None:
-    """Return the Hub name of the model that a run goes on from, None for a folder."""
-    return None if pretrained is None or Path(pretrained).exists() else pretrained

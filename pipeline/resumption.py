@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Where a run lies, how it is shown, when it is saved: nothing of it reaches a weight. Keys of
 # `training:` as TrainingArguments names them; a longer name below one of these counts too.
 HARMLESS = (
-    "data.path", "generation", "evaluation.texts", "faults", "training.output_dir",
+    "data.path", "generation", "evaluation.texts", "faults", "hub", "training.output_dir",
     "training.report_to", "training.run_name", "training.project", "training.trackio",
     "training.disable_tqdm", "training.log_level", "training.log_on_each_node",
     "training.logging", "training.save_steps", "training.save_total_limit",
@@ -54,6 +54,7 @@ REFUSED = {
     "rows": "the rows are others",
     "tokenizer": "the same ids mean other text",
     "model": "the weights are another model's",
+    "base_fingerprint": "the adapter was trained beside other weights",
 }
 
 
@@ -195,7 +196,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 def keys(values: dict[str, Any], key: str = "") -> list[str]:
     """Return the dotted names of nested fields, and those that only a checkpoint knows."""
-    found = [] if key else ["rows", "tokenizer_fingerprint"]
+    found = [] if key else ["rows", "tokenizer_fingerprint", "base_fingerprint"]
     for name, value in values.items():
         inner = f"{key}.{name}" if key else name
         found += [inner, *(keys(value, inner) if isinstance(value, dict) else [])]

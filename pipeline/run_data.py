@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from pipeline import machine
 from pipeline.blocks import Rows, open_blocks
 from pipeline.completions import CHAT_TEMPLATE
 from pipeline.corpus import Corpus
@@ -32,10 +33,11 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
         InputError: see `Corpus`, `obtain_tokenizer` and `prepare_blocks`.
     """
     section, folder = recipe.data, recipe.blocks_dir
+    machine.warm_compiler(arguments)
     with arguments.main_process_first(local=False):
         corpus = Corpus(section, recipe.cleaning, digests=recipe.digests_path)
         tokenizer = obtain_tokenizer(
-            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
+            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model
         )
         prepare_blocks(section, corpus, tokenizer, folder, cleaning=recipe.cleaning)
     if section.example_format == "messages":

@@ -26,6 +26,7 @@ from pipeline.resumption import (
     refused,
     sentence,
 )
+from pipeline.run_identity import IDENTITY
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ SECONDS_FOR_A_WORD = 2.0
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "README.md", "samples.txt",
+    "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "README.md", "samples.txt", IDENTITY,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 

@@ -135,6 +135,27 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
+def read_checkpoint(run_folder: Path, checkpoint: Path) -> RunRecord:
+    """Return what was known of a run when it made a checkpoint.
+
+    Raises:
+        InputError: as `read_run`, or the checkpoint's state is damaged.
+    """
+    run, config = read_run(run_folder), checkpoint / "config.json"
+    history = _parsed(checkpoint / STATE, json.loads, dict).get("log_history", [])
+    history = [log for log in history if isinstance(log, dict)]
+    samples = run_folder / SAMPLES
+    step = step_of(checkpoint) or 0
+    return run._replace(
+        state="running",
+        why="",
+        metrics={**_so_far(history), "updates": step},
+        history=history,
+        samples=_samples(samples, step) if samples.exists() else [],
+        model_config=_parsed(config, json.loads, dict) if config.exists() else {},
+    )
+
+
 def finite(value: Any) -> bool:
     """Tell whether a value is a number that can be shown."""
     return isinstance(value, int | float) and math.isfinite(value)
@@ -174,13 +195,14 @@ def _so_far(history: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _samples(path: Path) -> list[tuple[int, str]]:
+def _samples(path: Path, last: float = math.inf) -> list[tuple[int, str]]:
     """Return (update, texts) of the first, the middle and the last evaluation that wrote any."""
     texts = path.read_text(encoding="utf-8", errors="replace")
     parts = re.split(r"^--- update (\d+)\n", texts, flags=re.MULTILINE)[1:]
     found: dict[int, list[str]] = {}
     for update, text in zip(parts[::2], parts[1::2], strict=True):
-        found.setdefault(int(update), []).append(text.removesuffix("\n\n"))
+        if int(update) <= last:
+            found.setdefault(int(update), []).append(text.removesuffix("\n\n"))
     updates = list(found)
     chosen = dict.fromkeys([*updates[:1], *updates[len(updates) // 2 :][:1], *updates[-1:]])
     return [(update, "\n\n".join(found[update])) for update in chosen]

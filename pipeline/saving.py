@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback
 
-from pipeline import artifact, checkpoint, resumption
+from pipeline import adaptation, artifact, checkpoint, resumption
 from pipeline.clock import Clock
 from pipeline.guard import Guard
 from pipeline.processes import Processes
@@ -83,8 +83,9 @@ class SavingTrainer(Trainer):
         arguments = self.args
         if found is not None:
             size = sum(f["size"] for f in artifact.read_manifest(found)["files"].values())
-        else:  # the weights and, of AdamW, two moments of each
-            size = 3 * sum(tensor_bytes(parameter) for parameter in self.model.parameters())
+        else:  # the weights and, of AdamW, two moments of each that is trained
+            trained = sum(tensor_bytes(p) for p in self.model.parameters() if p.requires_grad)
+            size = tensor_bytes(adaptation.stored_weights(self.model)[1]) + 2 * trained
         every = {"epoch": self._updates_per_epoch, "no": self._horizon}.get(
             arguments.save_strategy, arguments.save_steps
         )
@@ -216,6 +217,7 @@ class SavingTrainer(Trainer):
             "recipe": resumption.described(self.recipe),
             "rows": self._fingerprints["rows"],
             "tokenizer_fingerprint": self._fingerprints["tokenizer"],
+            "base_fingerprint": self._fingerprints["base"],
             "processes": {
                 "count": self._processes.count,
                 "gradient_accumulation_steps": self.args.gradient_accumulation_steps,

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.licenses import check_language, check_license
+
 SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 
 
@@ -46,10 +48,34 @@ class TokenizerSection(Section):
     """Entries to train, <|endoftext|> included (at least 257)."""
     pretrained: str | None = None
     """Folder or Hub name of an existing tokenizer, instead of training one."""
+    revision: str | None = None
+    """Branch, tag or commit of that Hub name."""
+    added_tokens: list[str] = Field(default_factory=list)
+    """Words that become one token each, besides those of an existing tokenizer; a pretrained model
+    begins with the mean of its embeddings for them."""
     sample_bytes: int = Field(100_000_000, ge=1)
     """Training text to train it on, in bytes, taken evenly from all of it: memory stays bounded."""
     sample_document_characters: int = Field(1_000_000, ge=1)
     """Of a longer document only that much is in the sample."""
+
+    @field_validator("added_tokens", mode="before")
+    @classmethod
+    def _one_token_is_a_list(cls, values: Any) -> Any:
+        return [values] if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "TokenizerSection":
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("tokenizer.revision has a meaning with tokenizer.pretrained only")
+        if self.added_tokens and self.vocab_size is not None:
+            raise ValueError(
+                "tokenizer.added_tokens are added to an existing tokenizer; one that is trained "
+                "anew (tokenizer.vocab_size) learns its entries from the text"
+            )
+        tokens = self.added_tokens
+        if len(set(tokens)) < len(tokens) or any(not token.strip() for token in tokens):
+            raise ValueError("tokenizer.added_tokens: an entry is empty or stands there twice")
+        return self
 
 
 # What has no meaning for prompts and completions, and what follows from them.
@@ -320,16 +346,43 @@ class CleaningSection(Section):
         return self
 
 
+# The matrices of a GPT-2's blocks, by the end of their names.
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
 class ModelSection(Section):
-    """A GPT2LMHeadModel: fresh from `config`, or the weights of `pretrained`."""
+    """A GPT2LMHeadModel: fresh from `config`, or `pretrained` and what of it is trained."""
 
     config: dict[str, Any] | None = None
     """Fields of GPT2Config; vocabulary, positions and special ids are derived; dropout is 0."""
     pretrained: str | None = None
     """Folder or Hub name of a GPT-2 to go on from, instead of `config`."""
+    revision: str | None = None
+    """Branch, tag or commit of that Hub name (default: main as it is at the start)."""
+    cut_positions: bool = False
+    """Keep only the first data.block_size of the pretrained positions, instead of all."""
+    frozen_blocks: int = Field(0, ge=0)
+    """How many of the pretrained blocks, counted from the lowest, stay as they are."""
+    frozen_embeddings: bool = False
+    """The pretrained embeddings of tokens (and with them the head, which is the same matrix) and of
+    positions stay as they are."""
+    lora_r: int | None = Field(None, ge=1)
+    """Train an adapter of this rank beside the pretrained weights (LoRA), which stay as they are;
+    needs the extra [lora]."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """LoRA: the adapter's output is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """LoRA: probability with which an input of the adapter is dropped."""
+    lora_target_modules: list[Literal[MATRICES]] = Field(default_factory=lambda: list(MATRICES))
+    """LoRA: which matrices of each block have an adapter."""
     attn_implementation: str | None = None
     """Attention: blockwise_causal, sdpa_causal, or one of transformers': eager, sdpa,
     flash_attention_2, ... (default: fastest for device, block and data.attend_across)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_matrix_is_a_list(cls, values: Any) -> Any:
+        return _listed(values, "lora_target_modules")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -337,6 +390,23 @@ class ModelSection(Section):
             raise ValueError(
                 "give exactly one of model.config and model.pretrained (null takes one back)"
             )
+        lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+        for name, field in type(self).model_fields.items():
+            if name in ("config", "pretrained", "attn_implementation"):
+                continue
+            if getattr(self, name) == field.get_default(call_default_factory=True):
+                continue
+            if self.pretrained is None:
+                raise ValueError(f"model.{name} has a meaning with model.pretrained only")
+            if name in lora and self.lora_r is None:
+                raise ValueError(f"model.{name} has a meaning with model.lora_r only")
+            if name.startswith("frozen") and self.lora_r is not None:
+                raise ValueError(
+                    f"model.{name}: with model.lora_r all pretrained weights stay as they are; "
+                    "leave it out"
+                )
+        if not self.lora_target_modules:
+            raise ValueError("model.lora_target_modules is empty: no matrix would be trained")
         return self
 
 
@@ -379,6 +449,17 @@ class ScheduleSection(Section):
     """wsd only: share of the horizon over which the rate falls."""
     cycles: int = Field(4, ge=1)
     """cosine_restarts only: how many cosines up to the horizon."""
+    goes_on: bool = False
+    """After model.pretrained: the rate goes on where that model's run stopped, as if it had been
+    planned as long as both together (default: the schedule begins anew)."""
+    past_updates: int = Field(0, ge=0)
+    """Updates that lie behind (with goes_on default: as many as the model's folder tells)."""
+
+    @model_validator(mode="after")
+    def _no_past_without_going_on(self) -> "ScheduleSection":
+        if self.past_updates and not self.goes_on:
+            raise ValueError("schedule.past_updates has a meaning with schedule.goes_on only")
+        return self
 
 
 class EvaluationSection(Section):
@@ -453,3 +534,45 @@ class FaultSection(Section):
     rollbacks: int = Field(0, ge=0)
     """Times that a loss or gradient that is not finite sends the run back to the newest whole
     checkpoint, to go on without the rows of that update; after that, and by default, it stops."""
+
+
+class CardFields(Section):
+    """What a model card states that no run can know."""
+
+    license: str | None = None
+    """License of the model, as the Hub names it (apache-2.0, mit, cc-by-4.0, other, ...)."""
+    language: list[str] = Field(default_factory=list)
+    """Languages of its text (en, bn, pt-BR; code for programs)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_language_is_a_list(cls, values: Any) -> Any:
+        values = _listed(values, "language")
+        if isinstance(values, dict) and isinstance(values.get("language"), list):
+            # YAML reads a bare `no`, Norwegian, as false.
+            spelled = ["no" if code is False else code for code in values["language"]]
+            values = {**values, "language": spelled}
+        return values
+
+    @field_validator("license")
+    @classmethod
+    def _a_license_of_the_hub(cls, name: str | None) -> str | None:
+        return None if name is None else check_license(name)
+
+    @field_validator("language")
+    @classmethod
+    def _codes_of_languages(cls, codes: list[str]) -> list[str]:
+        return [check_language(code) for code in codes]
+
+
+class HubSection(CardFields):
+    """What the Hub is sent and told, if training.push_to_hub is true."""
+
+    branches: bool = False
+    """Each checkpoint also stays on a branch of its own, step-000001000."""
+    overwrite: bool = False
+    """Whether a repository that holds another model may be written over."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """A push that takes longer is given up, and tried again."""
+    attempts: int = Field(5, ge=1)
+    """Times that a push is tried; what is still missing then is sent by publish.py."""

@@ -13,9 +13,9 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +26,7 @@ from pipeline.completions import Example
 from pipeline.corpus import Corpus, Document
 from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError, check_local, not_loaded
-from pipeline.sections import TokenizerSection
+from pipeline.sections import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -74,13 +74,13 @@ def obtain_tokenizer(
     corpus: Corpus,
     folder: Path,
     *,
-    model: str | None = None,
+    model: ModelSection | None = None,
     for_text_only: bool = False,
     is_awaited: bool = False,
 ) -> PreTrainedTokenizerBase | FolderTokenizer:
     """Return the recipe's tokenizer: loaded, found in `folder`, or trained and kept there.
 
-    `model` is the pretrained model to go on from, if any: its tokenizer is the default. With
+    Where `model` goes on from a pretrained one, its tokenizer is the default. With
     `for_text_only` it is opened without transformers where that is possible. Where it `is_awaited`
     by other machines (`await_tokenizer`), they are told of a failure.
 
@@ -89,14 +89,7 @@ def obtain_tokenizer(
     """
     load = _load_quickly if for_text_only else load_tokenizer
     if section.vocab_size is None:
-        tokenizer = load(section.pretrained or model)
-        if section.pretrained is not None and model is not None:
-            if load_tokenizer(model).get_vocab() != tokenizer.get_vocab():
-                raise InputError(
-                    f"tokenizer.pretrained {section.pretrained}: its entries are not those that "
-                    f"{model} was trained with; leave out tokenizer.pretrained"
-                )
-        return tokenizer
+        return _existing(section, model, load)
     made_from = {
         "tokenizer": section.model_dump(mode="json", exclude={"pretrained"}),
         "corpus": corpus.identity,
@@ -120,6 +113,29 @@ def obtain_tokenizer(
             raise
         logger.info("tokenizer: %s entries trained, in %s", f"{len(tokenizer):,}", folder)
     return load(str(folder))
+
+
+def _existing(
+    section: TokenizerSection, model: ModelSection | None, load: Callable[..., Any]
+) -> PreTrainedTokenizerBase | FolderTokenizer:
+    """Return the tokenizer that is named, or else the model's, with what the recipe adds to it."""
+    home = None if model is None else model.pretrained
+    own = (section.pretrained, section.revision) if section.pretrained else (home, model.revision)
+    tokenizer = (load_tokenizer if section.added_tokens else load)(*own)
+    if section.pretrained is not None and home is not None:
+        if load_tokenizer(home, model.revision).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"tokenizer.pretrained {section.pretrained}: its entries are not those that "
+                f"{home} was trained with; leave out tokenizer.pretrained"
+            )
+    for token in section.added_tokens:
+        if token in tokenizer.get_vocab():
+            raise InputError(
+                f"tokenizer.added_tokens: {token!r} is an entry of {own[0]} already; leave it out"
+            )
+    if section.added_tokens:
+        tokenizer.add_tokens(section.added_tokens)
+    return tokenizer
 
 
 def await_tokenizer(section: TokenizerSection, folder: Path, *, rank: int) -> None:
@@ -242,7 +258,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a folder or on the Hub, with an end-of-text and a pad token.
 
     Raises:
@@ -258,7 +274,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if bare:  # as OpenAI published GPT-2's
             tokenizer = GPT2TokenizerFast.from_pretrained(name)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=False
+            )
     except Exception as error:  # network, name, file format
         raise not_loaded(name, "tokenizer", error) from None
     check_tokenizer(tokenizer, name)
@@ -283,11 +301,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise InputError(f"{name}: only byte-level BPE tokenizers, as GPT-2's, can be used")
 
 
-def _load_quickly(name: str) -> PreTrainedTokenizerBase | FolderTokenizer:
+def _load_quickly(
+    name: str, revision: str | None = None
+) -> PreTrainedTokenizerBase | FolderTokenizer:
     try:
         return FolderTokenizer(name)
     except Exception:  # no folder, another format, damage: the full way works or says what is wrong
-        return load_tokenizer(name)
+        return load_tokenizer(name, revision)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -311,11 +331,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return how many bytes of text each id stands for, int64 [vocabulary]; special tokens: 0.
 
-    In a byte-level vocabulary every character of an entry is one byte.
+    In a byte-level vocabulary every character of an entry is one byte, but for added tokens.
     """
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
     special = set(tokenizer.all_special_ids)
     for entry, number in tokenizer.get_vocab().items():
         if number not in special:
             lengths[number] = len(entry)
+    for number, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items():
+        if number not in special:  # it stands there as it is
+            lengths[number] = len(token.content.encode())
     return lengths

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with held(recipe.output_dir):
         corpus = Corpus(recipe.data, recipe.cleaning, digests=recipe.digests_path)
         tokenizer = obtain_tokenizer(
-            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model.pretrained
+            recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model
         )
     sys.stdout.write(f"tokenizer of {len(tokenizer):,} entries: {tokenizer.name_or_path}\n")
     sys.stdout.write(compare(corpus, {"this one": tokenizer, **others}) + "\n")

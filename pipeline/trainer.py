@@ -20,7 +20,7 @@ from transformers.trainer_callback import (
     ProgressCallback,
 )
 
-from pipeline import artifact
+from pipeline import adaptation, artifact
 from pipeline.blocks import Rows, collate
 from pipeline.callbacks import (
     PerplexityCallback,
@@ -35,6 +35,7 @@ from pipeline.meters import Meter, flops_per_token
 from pipeline.model import parameter_count
 from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
+from pipeline.pretrained import weights_fingerprint
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, measured_tasks
@@ -76,9 +77,12 @@ class PretrainingTrainer(EvaluatingTrainer):
         self._texts = named_texts(recipe, tokenizer)
         self._has_logged_compilation = False
         self._bytes_per_token = blocks["train"].bytes_per_token
+        still = adaptation.still_blocks(model)
         flops = flops_per_token(  # before anything shards the weights
-            parameters=parameter_count(model), layers=model.config.n_layer,
-            width=model.config.n_embd, block_size=recipe.data.block_size,
+            parameters=parameter_count(model), trained=parameter_count(model, trained=True),
+            still=sum(map(parameter_count, model.transformer.h[:still])), still_layers=still,
+            layers=model.config.n_layer, width=model.config.n_embd,
+            block_size=recipe.data.block_size,
         )  # fmt: skip
         try:
             self._meter = Meter(
@@ -92,6 +96,7 @@ class PretrainingTrainer(EvaluatingTrainer):
                 fingerprints={
                     "rows": blocks["train"].fingerprint,
                     "tokenizer": tokenizer_fingerprint(tokenizer),
+                    "base": weights_fingerprint(recipe.model),
                 },
                 model=model,
                 train_dataset=blocks["train"],
@@ -161,6 +166,8 @@ class PretrainingTrainer(EvaluatingTrainer):
             if blocks["train"].is_stream
             else blocks["train"].bytes,
             "parameters": parameter_count(self.model),
+            "trained_parameters": parameter_count(self.model, trained=True),
+            "past_updates": self.recipe.schedule.past_updates,
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
             "device": device_name(self.args.device),
@@ -214,7 +221,13 @@ class PretrainingTrainer(EvaluatingTrainer):
         """Save what a stock `from_pretrained` should see: use_cache on, no pickled arguments."""
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         try:
-            super()._save(output_dir, state_dict)
+            if adaptation.has_adapter(self.model):
+                folder = Path(output_dir or self.args.output_dir)
+                adaptation.save_adapter(self.model, folder)
+                self.model.generation_config.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+            else:
+                super()._save(output_dir, state_dict)
         finally:
             self.model.config.use_cache = use_cache
         # A pickle that a stranger cannot load safely, and that holds any token that was given.
@@ -246,8 +259,12 @@ class PretrainingTrainer(EvaluatingTrainer):
         block_size, updates = self.recipe.data.block_size, self._horizon
         held_out = [self.eval_dataset, *self._texts.values()]
         read = sum(len(rows) * block_size for rows in held_out)  # a third of a training token each
+        parameters = parameter_count(self.model)
+        trained = parameter_count(self.model, trained=True)
+        share = f" ({trained:,} of them trained, {trained / parameters:.2%})"
+        share = share if trained < parameters else ""
         return [
-            f"model: {parameter_count(self.model):,} parameters, vocabulary {config.vocab_size:,}, "
+            f"model: {parameters:,} parameters{share}, vocabulary {config.vocab_size:,}, "
             f"{config.n_positions:,} positions, end-of-text is id {config.eos_token_id}",
             f"update: {self.recipe.tokens_per_update:,} tokens = "
             f"{arguments.per_device_train_batch_size} rows x {block_size} tokens x "

@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from pipeline import artifact
+from pipeline import adaptation, artifact
 from pipeline.checkpoint import STATE
 from pipeline.recipe import InputError, first_line
 
-WEIGHTS, OPTIMIZER, SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER = "scaler.pt"
 
 # Of a group of parameters: what the recipe says, unlike what an optimizer counts there.
@@ -59,8 +59,9 @@ class TrainingState:
             random_states: what `random_state` returned in each process.
         """
         trainer = self._trainer
+        file, weights = adaptation.stored_weights(trainer.model)
         tensors = {
-            "weights": without_tied(trainer.model.state_dict()),
+            "weights": weights,
             "optimizer": trainer.optimizer.state_dict(),
         }
         self._copy = _copied(tensors, self._copy)
@@ -68,7 +69,7 @@ class TrainingState:
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
             **self.unchanging_files(),
-            WEIGHTS: functools.partial(_write_weights, self._copy["weights"]),
+            file: functools.partial(_write_weights, self._copy["weights"]),
             OPTIMIZER: functools.partial(torch.save, self._copy["optimizer"]),
             SCHEDULER: _bytes_of(trainer.lr_scheduler.state_dict()),
             STATE: functools.partial(_write_state, _copied_state(trainer)),
@@ -100,12 +101,14 @@ class TrainingState:
         Raises:
             InputError: they are another model's, or no such file can be read.
         """
-        path, model = folder / WEIGHTS, self._trainer.model
+        model = self._trainer.model
+        file, weights = adaptation.stored_weights(model)
+        path = folder / file
         try:
             loaded = load_file(path)
         except Exception as error:  # the Rust library has its own
             raise InputError(f"{path}: cannot be loaded: {_said(error)}") from None
-        shapes = {name: list(w.shape) for name, w in without_tied(model.state_dict()).items()}
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
         for name in [*shapes, *loaded]:
             there = list(loaded[name].shape) if name in loaded else "missing"
             if there != shapes.get(name):
@@ -113,8 +116,7 @@ class TrainingState:
                     f"{path}: holds the weights of another model: {name} is {there}, and "
                     f"{shapes.get(name, 'unknown')} here"
                 )
-        model.load_state_dict(loaded, strict=False)  # a tied one is stored once
-        model.tie_weights()
+        adaptation.put_back(model, loaded)
 
     def put_back_optimizer(self, folder: Path, saved: str | None = None) -> None:
         """Load the optimizer and the place in the schedule; rates and decay are the recipe's.
@@ -214,19 +216,14 @@ class TrainingState:
             config.architectures, config.dtype = [type(model).__name__], model.dtype
             config.use_cache = True
             with tempfile.TemporaryDirectory(prefix=artifact.STAGING, dir=output_dir) as folder:
-                config.save_pretrained(folder)
+                if adaptation.has_adapter(model):  # the config is that of its base
+                    adaptation.save_adapter_config(model, Path(folder))
+                else:
+                    config.save_pretrained(folder)
                 model.generation_config.save_pretrained(folder)
                 self._trainer.processing_class.save_pretrained(folder)
                 self._unchanging = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
         return self._unchanging
-
-
-def without_tied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights, of those that share their memory only the first."""
-    first: dict[int, str] = {}
-    for name, tensor in weights.items():
-        first.setdefault(tensor.data_ptr(), name)
-    return {name: weights[name] for name in first.values()}
 
 
 def tensor_bytes(tree: Any) -> int:

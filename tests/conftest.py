@@ -126,6 +126,20 @@ def run_copy(tmp_path, finished_run) -> Path:
 
 
 @pytest.fixture(scope="module")
+def browser():
+    """Chromium, that of CHROMIUM or of the PATH."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.fail("no Chromium on the PATH (chromium, google-chrome) and none in CHROMIUM")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root cannot have
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=arguments)
+
+
+@pytest.fixture(scope="module")
 def few_objects_to_collect():
     """Each run begins with a collection over everything that was ever imported."""
     gc.collect()

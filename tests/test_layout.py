@@ -21,6 +21,9 @@ WITHOUT_TORCH = (
     "options",
     "known_fields",
     "lr_schedule",
+    "hub",
+    "publication",
+    "space",
 )
 
 

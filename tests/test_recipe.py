@@ -97,6 +97,9 @@ def test_values_get_the_library_s_types(key, text, value):
         ({"tokenizer.pretrained": "x"}, ["only one of tokenizer.vocab_size"]),
         ({"tokenizer.vocab_size": None}, ["give tokenizer.vocab_size"]),
         ({"data.validation_fraction": "0.6", "data.test_fraction": "0.4"}, ["below 1"]),
+        ({"hub.license": "Apache 2.0"}, ["license 'Apache 2.0' is none", "mean apache-2.0?"]),
+        ({"hub.language": "English"}, ["language 'English' is no code", "en, bn"]),
+        ({"hub.branch": "true"}, ["--hub.branch", "did you mean hub.branches"]),
         ({"training.warmup_ratio": "0.1"}, ["gone in transformers 5", "schedule.warmup_steps"]),
         ({"training.overwrite_output_dir": "true"}, ["--overwrite"]),
     ],
@@ -108,6 +111,14 @@ def test_a_wrong_key_or_value_is_one_sentence(overrides, words):
     assert "\n" not in sentence
     for word in words:
         assert word in sentence
+
+
+def test_norwegian_is_a_language_and_one_is_a_list(tmp_path):
+    text = QUICKSTART.read_text()
+    for line, languages in {"[no, en]": ["no", "en"], "bn": ["bn"]}.items():
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"{text}\nhub: {{language: {line}}}\n")
+        assert read_recipe(path).hub.language == languages
 
 
 def test_a_mistake_in_the_file_names_the_file(tmp_path):

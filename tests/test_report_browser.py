@@ -1,37 +1,17 @@
 """The report in a real browser: at a desk and on a phone, by day and night, with no network."""
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from run_folders import history, write_run
+from screens import DESK, PHONE, keep_picture
 
 from pipeline import write_report
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-DESK = {"viewport": {"width": 1280, "height": 900}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True,
-         "has_touch": True}  # fmt: skip
 SCREENS = {"desk": DESK, "phone": PHONE, "desk-dark": DESK | {"color_scheme": "dark"}}
 SAMPLE = "--- update {0}\nOnce upon a time {0} </pre><b>\n" + "x" * 300 + "\n\n"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, that of CHROMIUM or of the PATH."""
-    from playwright.sync_api import sync_playwright
-
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.fail("no Chromium on the PATH (chromium, google-chrome) and none in CHROMIUM")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root cannot have
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=found, args=arguments)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +47,7 @@ def opened(request, browser, pages):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(pages[name].as_uri())
         page.wait_for_function("document.querySelectorAll('.chart .main-svg').length > 0")
-        folder = Path(os.environ.get("CI_ARTEFACTS") or ROOT / "outputs" / "screenshots")
-        folder.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=folder / f"{name}-{request.param}.png", full_page=True)
+        keep_picture(page, f"{name}-{request.param}")
         return page
 
     yield open_page

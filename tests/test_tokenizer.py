@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pipeline import sources, text_files
 from pipeline import tokenizer as tokenizer_module
 from pipeline.corpus import Corpus
-from pipeline.recipe import DataSection, InputError, TokenizerSection
+from pipeline.recipe import DataSection, InputError, ModelSection, TokenizerSection
 from pipeline.tokenizer import (
     await_tokenizer,
     compare,
@@ -289,7 +289,7 @@ def test_obtain_loads_what_is_named_and_writes_nothing(corpus, tokenizer, tmp_pa
     given = str(tmp_path / "given")
     for section, model in [
         (TokenizerSection(pretrained=given), None),
-        (TokenizerSection(), given),
+        (TokenizerSection(), ModelSection(pretrained=given)),
     ]:
         found = obtain_tokenizer(section, corpus, tmp_path / "unused", model=model)
         assert tokenizer_fingerprint(found) == tokenizer_fingerprint(tokenizer)
@@ -301,8 +301,10 @@ def test_obtain_refuses_other_entries_than_the_model_was_trained_with(
 ):
     tokenizer.save_pretrained(tmp_path / "model")
     train_tokenizer(texts, vocab_size=300).save_pretrained(tmp_path / "other")
-    given, model = str(tmp_path / "other"), str(tmp_path / "model")
-    with pytest.raises(InputError, match=f"^tokenizer.pretrained {given}: .*{model} was trained"):
+    given, model = str(tmp_path / "other"), ModelSection(pretrained=str(tmp_path / "model"))
+    with pytest.raises(
+        InputError, match=f"^tokenizer.pretrained {given}: .*{model.pretrained} was trained"
+    ):
         obtain_tokenizer(TokenizerSection(pretrained=given), corpus, tmp_path / "t", model=model)
     tokenizer.save_pretrained(given)
     obtain_tokenizer(TokenizerSection(pretrained=given), corpus, tmp_path / "t", model=model)

@@ -12,16 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer
 
+from pipeline.adaptation import WEIGHTS, stored_weights
 from pipeline.recipe import InputError
-from pipeline.training_state import (
-    OPTIMIZER,
-    SCHEDULER,
-    STATE,
-    WEIGHTS,
-    _copied,
-    tensor_bytes,
-    without_tied,
-)
+from pipeline.training_state import OPTIMIZER, SCHEDULER, STATE, _copied, tensor_bytes
 
 SHORT = {
     "training__max_steps": 3, "training__eval_strategy": "no", "training__save_strategy": "no",
@@ -125,7 +118,7 @@ def test_weights_that_share_their_memory_are_stored_once(smoke_recipe, tmp_path,
         assert file.metadata() == {"format": "pt"}
         names = set(file.keys())
     assert ("lm_head.weight" in names) != tied and "transformer.wte.weight" in names
-    assert names == set(without_tied(trainer.model.state_dict()))
+    assert names == set(stored_weights(trainer.model)[1])
     trainer.model.save_pretrained(tmp_path / "stock")
     assert load_file(tmp_path / "stock" / WEIGHTS).keys() == names
     model = GPT2LMHeadModel.from_pretrained(folder)

@@ -1,0 +1,211 @@
+"""What a pretrained model is given, and what of it is trained: rows, upper blocks, or an adapter.
+
+LoRA (Hu et al. 2022, https://arxiv.org/abs/2106.09685) is peft's, put into the model without a
+wrapper: forward, loss and compilation stay the model's own. transformers' `add_adapter` does the
+same but asks for a peft that is newer than the newest (0.22, transformers 5.24).
+"""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers.utils import cached_file
+
+from pipeline.pretrained import ADAPTER_CONFIG
+from pipeline.recipe import InputError, first_line, not_loaded, read_recipe
+from pipeline.sections import ModelSection
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
+# How peft names a weight in the file and in the model.
+IN_FILE, NAME = "base_model.model.", "default"
+
+
+def fit_positions(model: GPT2LMHeadModel, positions: int) -> None:
+    """Keep the first `positions` position embeddings."""
+    table = model.transformer.wpe
+    table.weight = torch.nn.Parameter(table.weight[:positions].detach().clone())
+    model.config.n_positions = table.num_embeddings = positions
+
+
+def fit_vocabulary(model: GPT2LMHeadModel, *, known: int, wanted: int) -> None:
+    """Give each entry from `known` to `wanted` the mean embedding of those before.
+
+    A model may have more rows than its tokenizer has entries: they were never trained.
+    """
+    if wanted == known:
+        return
+    if wanted > model.config.vocab_size:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    with torch.no_grad():
+        weight = model.transformer.wte.weight
+        weight[known:wanted] = weight[:known].mean(0)
+
+
+def choose_trained(model: GPT2LMHeadModel, section: ModelSection) -> None:
+    """Freeze what the recipe freezes, or put the adapter in.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    for block in model.transformer.h[: section.frozen_blocks]:
+        block.requires_grad_(False)
+    if section.frozen_embeddings:
+        model.transformer.wte.requires_grad_(False)
+        model.transformer.wpe.requires_grad_(False)
+    if section.lora_r is not None:
+        check_peft("model.lora_r")
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(_lora(section), model, NAME)
+
+
+def still_blocks(model: GPT2LMHeadModel) -> int:
+    """Return how many of the lowest blocks no gradient passes: nothing below or in them learns."""
+    if any(p.requires_grad for p in (model.transformer.wte.weight, model.transformer.wpe.weight)):
+        return 0
+    learns = [any(p.requires_grad for p in block.parameters()) for block in model.transformer.h]
+    return learns.index(True) if True in learns else len(learns)
+
+
+def check_peft(what: str) -> None:
+    """See that peft is installed.
+
+    Raises:
+        InputError: it is not, and `what` needs it.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f"{what} needs the package peft: run pip install -e '.[lora]'")
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether an adapter is trained in this model."""
+    return hasattr(model, "peft_config")
+
+
+def stored_weights(model: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return what of a model is saved, of tied weights only the first: file and tensors by name.
+
+    Of a model with an adapter only that, under peft's names.
+    """
+    weights = model.state_dict()
+    if has_adapter(model):
+        own = {name: weight for name, weight in weights.items() if ".lora_" in name}
+        return ADAPTER_WEIGHTS, {_name_in_file(name): weight for name, weight in own.items()}
+    first: dict[int, str] = {}
+    for name, tensor in weights.items():
+        first.setdefault(tensor.data_ptr(), name)
+    return WEIGHTS, {name: weights[name] for name in first.values()}
+
+
+def put_back(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> None:
+    """Load what `stored_weights` returned."""
+    if has_adapter(model):
+        names = {_name_in_file(name): name for name in model.state_dict() if ".lora_" in name}
+        stored = {names[name]: weight for name, weight in stored.items()}
+    model.load_state_dict(stored, strict=False)  # a tied one is stored once
+    model.tie_weights()
+
+
+def save_adapter_config(model: torch.nn.Module, folder: Path) -> None:
+    """Write what peft opens the adapter with; its base is named as the recipe names it."""
+    config = model.peft_config[NAME]
+    trains, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = trains
+
+
+def save_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Write the adapter so that peft, and transformers with it, open the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter_config(model, folder)
+    name, weights = stored_weights(model)
+    weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
+    save_file(weights, folder / name, metadata={"format": "pt"})
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or Hub name holds an adapter and not a whole model."""
+    folder = Path(name)
+    if folder.exists():
+        return (folder / ADAPTER_CONFIG).exists() and not (folder / WEIGHTS).exists()
+    try:
+        return _file(name, ADAPTER_CONFIG) is not None
+    except OSError:  # no name of the Hub's: whoever loads it says so
+        return False
+
+
+def merged(name: str) -> GPT2LMHeadModel:
+    """Return the base of an adapter, in fp32, with the adapter's products added to its weights.
+
+    Where the run's recipe lies beside it, the config says as it does how documents were kept apart.
+
+    Args:
+        name: folder or Hub name of the adapter.
+
+    Raises:
+        InputError: peft is not installed, the base or the adapter cannot be loaded, or they do not
+            fit each other.
+    """
+    check_peft(f"{name}: a LoRA adapter")
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except Exception as error:  # network, name, file format
+        raise not_loaded(name, "LoRA adapter", error) from None
+    base = config.base_model_name_or_path
+    try:
+        model = GPT2LMHeadModel.from_pretrained(base, revision=config.revision, dtype="float32")
+    except Exception as error:
+        raise not_loaded(f"{name}: its base model {base}", "model", error) from None
+    try:
+        with warnings.catch_warnings():  # peft asks for a name that transformers 6 will not have
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    except Exception as error:
+        raise InputError(
+            f"{name}: this adapter does not fit its base model {base}: {first_line(error)}"
+        ) from None
+    with contextlib.suppress(InputError):  # another version's, or another program's
+        if (path := _file(name, "config.yaml")) is not None:
+            model.config.attend_across = read_recipe(Path(path)).data.attend_across
+    return model
+
+
+def _file(name: str, file: str) -> str | None:
+    """Return the path of a file in a folder or on the Hub, None where there is none."""
+    return cached_file(
+        name, file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+
+
+def _lora(section: ModelSection) -> "LoraConfig":
+    from peft import LoraConfig
+
+    name = section.pretrained
+    return LoraConfig(
+        r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        target_modules=sorted(section.lora_target_modules),
+        fan_in_fan_out=True,  # GPT-2's Conv1D holds its weight [inputs, outputs]
+        base_model_name_or_path=os.path.abspath(name) if os.path.isdir(name) else name,
+        revision=section.revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _name_in_file(name: str) -> str:
+    return IN_FILE + name.replace(f".{NAME}.", ".")

@@ -1,0 +1,53 @@
+"""What the Hub takes for a license and for a language in a model card's metadata."""
+
+import difflib
+import re
+
+# From huggingface/hub-docs, docs/hub/repositories-licenses.md; no library has the list.
+LICENSES = (
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",
+    "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0",
+    "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl",
+    "lgpl-2.1", "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl",
+    "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0", "openrail++",
+    "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr",
+    "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1",
+    "llama3.2", "llama3.3", "llama4", "grok2-community", "gemma", "unknown", "other",
+)  # fmt: skip
+
+# ISO 639 with BCP-47's parts behind it, and what the Hub has besides.
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
+
+
+def check_license(name: str) -> str:
+    """Return the name of a license if the Hub knows it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if name in LICENSES:
+        return name
+    close = difflib.get_close_matches(name.lower().replace(" ", "-"), LICENSES, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "apache-2.0, mit and cc-by-4.0 are some"
+    raise ValueError(
+        f"license {name!r} is none that the Hub knows; {remedy} (other: one of your own)"
+    )
+
+
+def check_language(code: str) -> str:
+    """Return the code of a language if it could be one.
+
+    Raises:
+        ValueError: it could not.
+    """
+    if LANGUAGE.fullmatch(code):
+        return code
+    raise ValueError(
+        f"language {code!r} is no code of one; the Hub wants two or three small letters (en, bn, "
+        "fil), with a region if need be (pt-BR), or code for programs"
+    )
