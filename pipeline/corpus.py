@@ -108,12 +108,9 @@ class Reader:
     def _windows(self, raw: raw_documents.Document) -> Iterator[str]:
         form = self.cleaning.normalization
         if self.of_examples:
-            for example in raw.read():
-                yield (
-                    example
-                    if form is None
-                    else example.mapped(functools.partial(unicodedata.normalize, form))
-                )
+            (example,) = raw.read()
+            normal = functools.partial(unicodedata.normalize, form)
+            yield example if form is None else example.mapped(normal)
             return
         for window in text_files.safe_windows(raw.read(), raw.name):
             yield window if form is None else unicodedata.normalize(form, window)
