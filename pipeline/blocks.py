@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifact, packing
 from pipeline.corpus import SPLITS
 from pipeline.encoder import Encoder
+from pipeline.marks import PREDICTED
 from pipeline.packing import mixture
 from pipeline.recipe import InputError
 from pipeline.row_file import RowFile
@@ -36,6 +37,8 @@ class Rows(torch.utils.data.Dataset):
             false, all but the first of each document.
         scored_bytes: the bytes that those stand for.
         fingerprint: sha256 of the file, None in memory.
+        is_marked: whether they are of examples, whose ids say what is predicted (see `marks`); then
+            that is what is scored.
         is_stream: whether they are made while they are read, in an order of their own; then
             `tokens` and `bytes` are those of a sample.
     """
@@ -51,6 +54,7 @@ class Rows(torch.utils.data.Dataset):
         attend_across: bool = True,
         mixture: list[tuple[int, int, int]] | None = None,
         fingerprint: str | None = None,
+        is_marked: bool = False,
         is_stream: bool = False,
     ) -> None:
         """Take rows; of a mixture, (first row, rows, rows taken) of each source.
@@ -60,7 +64,7 @@ class Rows(torch.utils.data.Dataset):
         self._rows, self._mixture = rows, mixture
         self._length = len(rows) if mixture is None else sum(taken for _, _, taken in mixture)
         self.attend_across, self.fingerprint = attend_across, fingerprint
-        self.is_stream = is_stream
+        self.is_marked, self.is_stream = is_marked, is_stream
         self.tokens, self.bytes = tokens, bytes
         self.scored_tokens, self.scored_bytes = scored_tokens, scored_bytes
 
@@ -79,15 +83,19 @@ class Rows(torch.utils.data.Dataset):
         # The first token of the stream, or of each document, has no context.
         first = min(facts["documents"], 1) if attend_across else facts["documents"]
         first_bytes = facts["first_token_bytes"] if attend_across else facts["first_tokens_bytes"]
+        scored, scored_bytes = facts["tokens"] - first, facts["bytes"] - first_bytes
+        if is_marked := "format" in manifest["made_from"]["data"]:
+            scored, scored_bytes = facts["predicted_tokens"], facts["predicted_bytes"]
         return cls(
             RowFile.open(folder / f"{split}.arrow"),
             tokens=facts["tokens"],
             bytes=facts["bytes"],
-            scored_tokens=facts["tokens"] - first,
-            scored_bytes=facts["bytes"] - first_bytes,
+            scored_tokens=scored,
+            scored_bytes=scored_bytes,
             attend_across=attend_across,
             mixture=mixture,
             fingerprint=manifest["files"][f"{split}.arrow"]["sha256"],
+            is_marked=is_marked,
         )
 
     @classmethod
@@ -134,27 +142,30 @@ class Rows(torch.utils.data.Dataset):
 
         Its first rows would be its first documents, and speak for no others.
         """
-        count = max(1, tokens // (self.block_size - 1))
+        in_a_row = self.scored_tokens / len(self) if self.is_marked else self.block_size - 1
+        count = max(1, int(tokens / in_a_row))
         if count >= len(self):
             return self
-        # Whole rows only: the last one may be filled up.
-        wanted = np.linspace(0, len(self) - 2, count).round().astype(np.int64)
+        # Whole rows only: the last one may be filled up (of examples, any).
+        last = len(self) - (1 if self.is_marked else 2)
+        wanted = np.linspace(0, last, count).round().astype(np.int64)
         found = [self._rows.row(int(index)) for index in wanted]
         rows = packing.Rows(
             np.stack([ids for ids, _, _ in found]),
             np.concatenate([starts for _, starts, _ in found]),
             np.cumsum([0, *(len(starts) for _, starts, _ in found)]),
-            np.full(count, self.block_size, np.int64),
+            np.array([used for _, _, used in found], np.int64),
         )
         part = Rows(
-            RowFile([rows]), tokens=rows.ids.size, bytes=0, scored_tokens=0, scored_bytes=0,
-            attend_across=self.attend_across,
+            RowFile([rows]), tokens=int(rows.used.sum()), bytes=0, scored_tokens=0, scored_bytes=0,
+            attend_across=self.attend_across, is_marked=self.is_marked,
         )  # fmt: skip
-        labels = part.__getitems__(list(range(count)))["labels"][:, 1:].numpy()
+        batch = part.__getitems__(list(range(count)))
+        labels = batch["labels"][:, 1:].numpy()
         part.scored_tokens = int((labels != NO_LABEL).sum())
         lengths = token_bytes(tokenizer)
         part.scored_bytes = int(lengths[labels[labels != NO_LABEL]].sum())
-        part.bytes = int(lengths[rows.ids.ravel()].sum())
+        part.bytes = int(lengths[batch["input_ids"].numpy()].sum())
         return part
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -164,6 +175,18 @@ class Rows(torch.utils.data.Dataset):
     def documents_before(self, stride: int) -> np.ndarray:
         """Return how many documents begin before each row, see `RowFile.documents_before`."""
         return self._rows.documents_before(stride)
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that a held-out row has in common with the row before it."""
+        return 0 if self.is_marked else 1
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a token stands for, of examples a predicted one."""
+        if self.is_marked:
+            return self.scored_bytes / self.scored_tokens
+        return self.bytes / self.tokens
 
     @property
     def block_size(self) -> int:
@@ -180,16 +203,21 @@ class Rows(torch.utils.data.Dataset):
         """Return a batch: input_ids and labels, and with `attend_across` false position_ids.
 
         All are int64 [len(indices), block_size]. The label of what is filled up is -100; with
-        `attend_across` false also that of a document's first token, which has no context. From
-        position_ids that begin anew with each document follows the mask that keeps attention in it.
+        `attend_across` false also that of a document's first token, which has no context; of
+        examples that of all that is not predicted. From position_ids that begin anew with each
+        document follows the mask that keeps attention in it.
         """
         found = [self.row(index) for index in indices]
         ids = np.empty((len(indices), self.block_size), np.int64)
         for place, (row, _, _) in enumerate(found):
             ids[place] = row
+        if self.is_marked:
+            predicted, ids = ids >= PREDICTED, ids & ~PREDICTED
         input_ids = torch.from_numpy(ids)
         labels = input_ids
-        if any(used < self.block_size for _, _, used in found):
+        if self.is_marked:
+            labels = input_ids.masked_fill(torch.from_numpy(~predicted), NO_LABEL)
+        elif any(used < self.block_size for _, _, used in found):
             labels = input_ids.clone()
             for place, (_, _, used) in enumerate(found):
                 labels[place, used:] = NO_LABEL

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.corpus import SPLITS
+from pipeline.marks import bare
 from pipeline.recipe import InputError
 from pipeline.token_shards import TokenShard
 
@@ -161,7 +162,8 @@ def decontaminated(
             continue
         begin = int(starts[first])
         lengths = table["tokens"][first:stop]
-        found = n_grams.spans(ids[begin : begin + int(lengths.sum())], lengths) + begin
+        part = bare(ids[begin : begin + int(lengths.sum())])
+        found = n_grams.spans(part, lengths) + begin
         document = np.searchsorted(starts, found[:, 0], side="right") - 1
         found, document = found[train[document]], document[train[document]]
         hit_documents += len(np.unique(document))

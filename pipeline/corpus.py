@@ -64,10 +64,12 @@ class Reader:
 
     Attributes:
         hold_out: "documents" or "tail".
+        of_examples: whether a document is an `Example`, which is its one window.
     """
 
     def __init__(self, section: DataSection, cleaning: CleaningSection, hold_out: str) -> None:
         self.section, self.cleaning, self.hold_out = section, cleaning, hold_out
+        self.of_examples = section.example_format is not None
 
     def documents(self, shard: Shard) -> Iterator[Document]:
         """Yield the documents of a shard, empty ones too; with `tail`, each in three pieces.
@@ -105,6 +107,11 @@ class Reader:
 
     def _windows(self, raw: raw_documents.Document) -> Iterator[str]:
         form = self.cleaning.normalization
+        if self.of_examples:
+            (example,) = raw.read()
+            normal = functools.partial(unicodedata.normalize, form)
+            yield example if form is None else example.mapped(normal)
+            return
         for window in text_files.safe_windows(raw.read(), raw.name):
             yield window if form is None else unicodedata.normalize(form, window)
 
@@ -151,7 +158,9 @@ class Corpus:
         ]
         self.reader = Reader(section, cleaning, section.hold_out)
         self._cleaning = cleaning
-        if section.hold_out == "auto":
+        if self.reader.of_examples:
+            self.reader.hold_out = "documents"
+        elif section.hold_out == "auto":
             found = itertools.islice(self._raw_documents(), FEWEST_DOCUMENTS_TO_HOLD_OUT)
             few = sum(1 for _ in found) < FEWEST_DOCUMENTS_TO_HOLD_OUT
             self.reader.hold_out = "tail" if few else "documents"
@@ -228,7 +237,7 @@ class Corpus:
         """Return how a source is read, and which split it is given to, if any."""
         settings = dict(self._groups)[number].model_dump(
             mode="json",
-            include={"text_column", "separator", "errors", "join_rows"},
+            include={"format", "text_column", "separator", "errors", "join_rows"},
             exclude_defaults=True,
         )
         return settings | ({"split": SPLITS[-number]} if number < 0 else {})
@@ -256,7 +265,7 @@ def held_out_source(section: DataSection, split: str) -> SourceSection:
     files = getattr(section, f"{split}_files")
     if not files:
         return first.model_copy(update={"dataset_split": getattr(section, f"{split}_split")})
-    like = first.model_dump(include={"text_column", "separator", "errors", "join_rows"})
+    like = first.model_dump(include={"format", "text_column", "separator", "errors", "join_rows"})
     return SourceSection(files=files, **like)
 
 

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.blocks import NO_LABEL, Rows
+from pipeline.marks import predicted_text
+from pipeline.tokenizer import token_bytes
 
 
 class HeldOutBatches:
@@ -30,7 +32,9 @@ class HeldOutBatches:
         self.dataset = rows
         self.batch_size = batch_size
         self._rank, self._world_size = rank, world_size
-        self._before = rows.documents_before(rows.block_size - 1) if by_document else None
+        self._before = (
+            rows.documents_before(rows.block_size - rows.overlap) if by_document else None
+        )
 
     def __len__(self) -> int:
         return math.ceil(math.ceil(len(self.dataset) / self.batch_size) / self._world_size)
@@ -66,22 +70,36 @@ def held_out_texts(
     rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield text and ids of each document of a held-out split, without its end-of-text."""
+    for ids in held_out_ids(rows):
+        ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids
+        text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        yield text, ids
+
+
+def held_out_ids(rows: Rows) -> Iterator[np.ndarray]:
+    """Yield the ids of each document of a held-out split; those of examples are marked."""
     parts: list[np.ndarray] = []
     for index in range(len(rows)):
         ids, starts, used = rows.row(index)
-        # The first token of every row but the first is the last one of the row before.
-        begin = min(index, 1)
+        # The first token of a row after the first may be the last one of the row before.
+        begin = min(index, rows.overlap)
         for start in starts[starts >= begin].tolist():
             parts.append(ids[begin:start])
             if index or start:
-                yield _decoded(parts, tokenizer)
+                yield np.concatenate(parts)
             parts, begin = [], start
         parts.append(ids[begin:used])
     if parts:
-        yield _decoded(parts, tokenizer)
+        yield np.concatenate(parts)
 
 
-def _decoded(parts: list[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.ndarray]:
-    ids = np.concatenate(parts)
-    ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False), ids
+def scored_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[bytes]:
+    """Yield what is scored of each document of a held-out split: of examples the completions."""
+    if rows.is_marked:
+        for ids in held_out_ids(rows):
+            yield predicted_text(ids, tokenizer).encode()
+        return
+    lengths = token_bytes(tokenizer)
+    for number, (text, ids) in enumerate(held_out_texts(rows, tokenizer)):
+        is_without_context = number == 0 or not rows.attend_across
+        yield text.encode()[int(lengths[ids[: int(is_without_context)]].sum()) :]

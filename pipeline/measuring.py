@@ -73,7 +73,7 @@ def measure_texts(
     add_end_token: bool = False,
     packed: bool = False,
     max_length: int | None = None,
-    target: Literal["all", "last_word"] = "all",
+    target: Literal["all", "last_word", "completion"] = "all",
     detokenize: str | None = None,
     device: str | None = None,
     processes: Processes | None = None,
@@ -97,7 +97,8 @@ def measure_texts(
         add_end_token: each by itself: the end-of-text after every text is predicted, too.
         packed: windows share rows instead of being filled up; the same numbers (GPT-2 only).
         max_length: tokens of a text, the start token included, after which the rest is left out.
-        target: "all" tokens, or those of the "last_word" of each text (LAMBADA).
+        target: "all" tokens, those of the "last_word" of each text (LAMBADA), or the "completion"
+            of each, where every text is a `completions.Example`.
         detokenize: a name of `conventions.DETOKENIZERS`.
         processes: which divide the work, all called with the same texts (default: none do).
         bytes_to_read: of all texts, for the progress bar.
@@ -145,8 +146,7 @@ def measure_texts(
     if (left := int((~scored).sum())) and processes.is_main:
         logger.warning(
             "%d of %d texts have no token to predict%s and are counted only",
-            left, len(scored), "" if options.start_token or options.joined else " (their first one "
-            "has no context without add_start_token)",
+            left, len(scored), _reason(options),
         )  # fmt: skip
     score = Score(
         sums.nats, sums.tokens, sums.correct,
@@ -246,6 +246,7 @@ def _options(
         raise InputError(f"block_size is {block_size}, but the model has {positions} positions")
     if block_size < 2:
         raise InputError(f"block_size is {block_size}: a window has a context and a token, so 2")
+    stride_given = stride is not None
     if stride is None:
         stride = block_size - 1
     if not 1 <= stride < block_size:
@@ -258,8 +259,16 @@ def _options(
             "add_start_token, add_end_token, packed and max_length have a meaning for texts each "
             "by itself only; leave out joined"
         )
-    if target not in ("all", "last_word"):
-        raise InputError(f"target is {target!r}; it is all or last_word")
+    if target not in ("all", "last_word", "completion"):
+        raise InputError(f"target is {target!r}; it is all, last_word or completion")
+    if target == "completion" and (
+        joined or stride_given or start_token or end_token or max_length is not None or detokenize
+    ):
+        raise InputError(
+            "completions are scored each by itself, after all of its prompt that fits, and with "
+            "its end-of-text: leave out joined, stride, add_start_token, add_end_token, max_length "
+            "and detokenize"
+        )
     if target == "last_word" and (joined or end_token or max_length is not None):
         raise InputError(
             "target last_word is for texts each by itself, whole and without end-of-text: leave "
@@ -284,7 +293,9 @@ def _options(
         stride=stride,
         joined=joined,
         apart=apart and joined,
-        start_token=not joined and (not apart if start_token is None else start_token),
+        start_token=not joined
+        and target != "completion"
+        and (not apart if start_token is None else start_token),
         end_token=end_token,
         packed=packed,
         max_length=max_length,
@@ -293,9 +304,21 @@ def _options(
     )
 
 
+def _reason(options: WindowOptions) -> str:
+    if options.target == "completion":
+        return " (their completion does not fit into the window)"
+    if options.start_token or options.joined:
+        return ""
+    return " (their first one has no context without add_start_token)"
+
+
 def _nothing(texts: int, options: WindowOptions) -> str:
     if not texts:
         return "there are no texts to score: the list is empty"
+    if options.target == "completion":
+        return (
+            f"none of the {texts} completions fits into {options.block_size} tokens with a prompt"
+        )
     what = f"the {texts} texts have" if texts > 1 else "the text has"
     return f"{what} no token to predict: give more than an empty text" + (
         "" if options.start_token else " or a single token, which has no context here"

@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 import types
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -4,7 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.sections import CardFields, SamplingFields, Section, SourceFields
+from pipeline.sections import (
+    NOT_OF_EXAMPLES,
+    CardFields,
+    SamplingFields,
+    Section,
+    SourceFields,
+)
 
 
 class RecipeOptions(Section):
@@ -112,6 +118,7 @@ class MeasureOptions(SourceFields):
             "tasks_limit": not self.tasks,
             **{n: not self.has_text for n in ("stride", "block_size", "target", "joined")},
             **{n: self.held_out is not None for n in SourceFields.model_fields},
+            **{n: self.held_out is not None or self.format != "text" for n in NOT_OF_EXAMPLES},
             **{n: self.dataset is None for n in SourceFields.model_fields if "dataset_" in n},
         }
         for name in sorted(stated):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipeline import artifact, cleaning, locks, packing, sources
+from pipeline import artifact, cleaning, locks, marks, packing, sources
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder, choose_encoder
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # The fast encoder is compared with `tokenizers` on that much of the corpus: a fifth of a second.
 SAMPLED_SHARDS, SAMPLED_CHARACTERS = 32, 16_000
+# What is counted of examples besides: those that lost their beginning, or do not fit into a row.
+EXAMPLE_COUNTS = ("predicted_tokens", "predicted_bytes", "shortened", "too_long", "left_out")
 
 
 def prepare_blocks(
@@ -137,6 +139,8 @@ def _origin(texts: Texts) -> dict[str, Any]:
         },
         "cleaning": rules.model_dump(mode="json", exclude={"benchmark_files", "normalization"}),
     }
+    if section.example_format is not None:
+        origin["data"]["format"] = section.example_format
     if section.streaming:
         origin["data"]["held_out_from_bytes"] = section.held_out_from_bytes
     if rules.benchmark_files:
@@ -252,6 +256,23 @@ def _bounded(chunk: packing.Chunk, size: int) -> Iterator[packing.Chunk]:
             known = 0
 
 
+def _fitted(
+    chunks: Iterator[packing.Chunk], block_size: int, lengths: np.ndarray, counts: dict[str, Any]
+) -> Iterator[packing.Chunk]:
+    """Yield examples that fit into a row each, and count what is predicted and what left out."""
+    for chunk in chunks:
+        found = marks.fit(chunk, block_size)
+        marked = found.chunk.ids
+        ids, predicted = marks.bare(marked), marked >= marks.PREDICTED
+        counts["predicted_tokens"] += int(predicted.sum())
+        counts["predicted_bytes"] += int(lengths[ids[predicted]].sum())
+        counts["shortened"] += found.shortened
+        counts["too_long"] += found.left_out
+        counts["left_out"] += len(chunk.ids) - len(ids)
+        if len(ids):
+            yield found.chunk._replace(bytes=int(lengths[ids].sum()))
+
+
 def _write_split(
     texts: Texts,
     shards: list[tuple[TokenShard, Kept]],
@@ -265,6 +286,8 @@ def _write_split(
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0}
     # What has no context: the first token of the stream, or those of all documents.
     counts |= {"first_token_bytes": 0, "first_tokens_bytes": 0}
+    if section.example_format is not None:
+        counts |= dict.fromkeys(EXAMPLE_COUNTS, 0)
     dtype = np.dtype(dtype_of(texts))
     writer = RowWriter(staging / f"{split}.arrow", block_size=section.block_size, dtype=dtype)
 
@@ -284,9 +307,10 @@ def _write_split(
                     write_names(staging, split, shard.names(np.flatnonzero(mask)))
             source = facts["sources"][shard.group]
             step = max(1, cleaning.TOKENS_AT_ONCE // section.block_size) * section.block_size
-            for chunk in itertools.chain.from_iterable(
-                _bounded(whole, step) for whole in chunks_of(texts, shard, kept, split)
-            ):
+            chunks = chunks_of(texts, shard, kept, split)
+            if section.example_format is not None:
+                chunks = _fitted(chunks, section.block_size, lengths, counts)
+            for chunk in itertools.chain.from_iterable(_bounded(whole, step) for whole in chunks):
                 first_bytes = lengths[chunk.ids[chunk.starts]]
                 if not counts["tokens"]:
                     counts["first_token_bytes"] = int(first_bytes[0])
@@ -310,11 +334,13 @@ def _write_split(
                 writer.write(rows)
             facts["sources"][group]["rows"] = writer.count - before
     else:
-        for rows in packing.held_out(stream(None), section.block_size, fill=end):
+        is_whole = section.example_format is not None
+        packed = packing.best_fit if is_whole else packing.held_out
+        for rows in packed(stream(None), section.block_size, fill=end):
             writer.write(rows)
     writer.close()
     counts["rows"] = writer.count
-    counts["left_out"] = 0
+    counts.setdefault("left_out", 0)
     if split == "train":
         capacity = max(1, writer.count * section.block_size)
         counts["padding"] = 1 - writer.used / capacity

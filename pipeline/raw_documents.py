@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow.parquet
 
-from pipeline import text_files
+from pipeline import completions, text_files
 from pipeline.recipe import InputError, not_loaded
 from pipeline.sections import SourceSection
 from pipeline.text_files import COMPRESSED, named_errors, not_utf8, opened, text_windows
@@ -151,7 +151,7 @@ def check_column(path: Path, kind: str, source: SourceSection) -> None:
 
 def _pieces(name: str, path: str, shard: Shard, source: SourceSection) -> Iterator[Document]:
     """Yield the documents that begin in the shard's range, between separators or one a line."""
-    is_lines = shard.kind == "jsonl"
+    is_lines, columns = shard.kind == "jsonl", {*_columns(source)}
     separator = b"\n" if is_lines else source.separator_bytes
     # The separator before the first document may itself begin before the range.
     start = max(0, shard.start - len(separator))
@@ -165,7 +165,7 @@ def _pieces(name: str, path: str, shard: Shard, source: SourceSection) -> Iterat
             if is_lines:
                 content = content.removesuffix(b"\r")
                 if content and not content.isspace():
-                    yield _json_row(name, path, offset, content, source)
+                    yield _json_row(name, path, offset, content, source, columns)
                 continue
             try:
                 text = content.decode("utf-8", source.errors)
@@ -196,7 +196,14 @@ def _split(file: BinaryIO, separator: bytes, path: str, offset: int) -> Iterator
         yield offset, bytes(buffer)
 
 
-def _json_row(name: str, path: str, offset: int, content: bytes, source: SourceSection) -> Document:
+def _columns(source: SourceSection) -> tuple[str, ...]:
+    """Return the columns of a table that are read."""
+    return completions.COLUMNS.get(source.format) or (source.text_column,)
+
+
+def _json_row(
+    name: str, path: str, offset: int, content: bytes, source: SourceSection, columns: set[str]
+) -> Document:
     text = content.removeprefix(codecs.BOM_UTF8)
     try:
         row = json.loads(text.decode("utf-8", source.errors))
@@ -206,12 +213,9 @@ def _json_row(name: str, path: str, offset: int, content: bytes, source: SourceS
         raise InputError(
             f"{path}: not a .jsonl table: the line at byte {offset} is no JSON ({error})"
         ) from None
-    if not isinstance(row, dict) or source.text_column not in row:
+    if not isinstance(row, dict) or not row.keys() >= columns:
         names = list(row) if isinstance(row, dict) else []
-        raise InputError(
-            f"{path}: no column {source.text_column!r} in the line at byte {offset}; it has "
-            f"{', '.join(names) or 'none'}; set data.text_column"
-        )
+        raise _no_column(path, names, source, f" in the line at byte {offset}")
     return _cell(f"{name}:{offset}", path, f"the line at byte {offset}", row, source)
 
 
@@ -244,8 +248,14 @@ def _parquet_rows(name: str, path: str, shard: Shard, source: SourceSection) -> 
         stop = shard.stop or table.num_row_groups
         number = sum(table.metadata.row_group(g).num_rows for g in range(shard.start))
         for batch in table.iter_batches(
-            64, row_groups=list(range(shard.start, stop)), columns=[source.text_column]
+            64, row_groups=list(range(shard.start, stop)), columns=list(_columns(source))
         ):
+            if source.format != "text":
+                for one in range(len(batch)):
+                    row = _parquet_row(batch, one, path, number)
+                    yield _cell(f"{name}:{number}", path, f"row {number}", row, source)
+                    number += 1
+                continue
             for value in batch.column(0):
                 try:
                     text = value.as_py()
@@ -258,13 +268,20 @@ def _parquet_rows(name: str, path: str, shard: Shard, source: SourceSection) -> 
                 number += 1
 
 
+def _parquet_row(batch: Any, place: int, path: str, number: int) -> dict[str, Any]:
+    try:
+        return batch.slice(place, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise _row_not_utf8(path, number, error) from None
+
+
 def _hub_rows(shard: Shard, source: SourceSection) -> Iterator[Document]:
     if shard.kind == "hub_stream":
-        data = load_hub(source, streaming=True).select_columns([source.text_column])
+        data = load_hub(source, streaming=True).select_columns(list(_columns(source)))
         rows = enumerate(data.shard(num_shards=shard.stop, index=shard.start))
         prefix = f"{source.dataset}:{shard.start}"
     else:
-        data = load_hub(source).select_columns([source.text_column])
+        data = load_hub(source).select_columns(list(_columns(source)))
         rows = ((number, data[number]) for number in range(shard.start, shard.stop))
         prefix = source.dataset
     number = -1
@@ -288,6 +305,8 @@ def _row_not_utf8(path: str, number: int, error: UnicodeDecodeError) -> InputErr
 
 def _cell(name: str, path: str, place: str, row: dict, source: SourceSection) -> Document:
     """Return a table's document; null is an empty one."""
+    if source.format != "text":
+        return _document(name, _example(path, place, row, source))
     text = row[source.text_column]
     if text is None:
         text = ""
@@ -306,13 +325,36 @@ def _cell(name: str, path: str, place: str, row: dict, source: SourceSection) ->
     return _document(name, text)
 
 
+def _example(path: str, place: str, row: dict, source: SourceSection) -> completions.Example:
+    example = completions.example_of(row, source.format, f"{path}: {place}")
+    if not example.isascii() and LONE_SURROGATES.search(example):
+        if source.errors == "strict":
+            raise InputError(
+                f"{path}: {place} holds half of a surrogate pair, which is no Unicode text; clean "
+                "the table, or --data.errors replace"
+            )
+        example = example.mapped(lambda piece: LONE_SURROGATES.sub("\ufffd", piece))
+    return example
+
+
 def _document(name: str, text: str) -> Document:
     return Document(name, lambda: iter([text]))
 
 
 def _has_column(name: str, columns: list[str], source: SourceSection) -> None:
-    if source.text_column not in columns:
-        raise InputError(
-            f"{name}: no column {source.text_column!r}; it has {', '.join(columns) or 'none'}; set "
-            "data.text_column"
-        )
+    if not {*_columns(source)} <= {*columns}:
+        raise _no_column(name, columns, source)
+
+
+def _no_column(name: str, columns: list[str], source: SourceSection, place: str = "") -> InputError:
+    """Return the error for a table that lacks a column, `place` being where it does."""
+    wanted, found = _columns(source), completions.format_of(columns)
+    missing = next(column for column in wanted if column not in columns)
+    remedy = "set data.text_column"
+    if found is not None:
+        remedy = f"set data.format {found}"
+    elif source.format != "text":
+        remedy = f"data.format {source.format} reads {' and '.join(wanted)}"
+    return InputError(
+        f"{name}: no column {missing!r}{place}; it has {', '.join(columns) or 'none'}; {remedy}"
+    )

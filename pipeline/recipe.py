@@ -150,6 +150,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _an_example_is_whole(self) -> "Recipe":
+        if self.data.example_format is not None and self.cleaning.decontaminate == "cut":
+            raise ValueError(
+                f"cleaning.decontaminate cut: with data.format {self.data.example_format} it would "
+                "leave half of an example; drop takes out the whole"
+            )
+        return self
+
     @property
     def output_dir(self) -> Path:
         """The run folder."""

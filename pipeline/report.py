@@ -1,5 +1,6 @@
 """What a run leaves to be read: numbers and logs, page, picture and model card; the summary."""
 
+import shlex
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ def summary(recipe: Recipe) -> str:
     lines += [
         "",
         f"In {folder}: {what}, {', '.join(name for name in wrote if (folder / name).exists())}",
-        f"Go on: python pipeline/generate.py --model {folder} --prompt {prompts[0]!r}",
+        f"Go on: python pipeline/generate.py --model {folder} --prompt {shlex.quote(prompts[0])}",
     ]
     return "\n".join(lines)
 

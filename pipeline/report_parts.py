@@ -141,11 +141,13 @@ def _results(record: RunRecord) -> Part | None:
         if set(cells) != {NOTHING}:
             rows.append([f"{key} measured", *cells])
     notes = []
+    of_examples = "predicted_tokens" in record.data.get("validation", {})
     if record.is_finished:
         notes = [
-            "Measured on the saved weights, read back, in fp32, every token of the held-out text "
-            "after the first predicted once. Bits per byte can be compared between tokenizers, "
-            "perplexity and loss per token cannot."
+            "Measured on the saved weights, read back, in fp32, every token of the held-out "
+            + ("completions" if of_examples else "text after the first")
+            + " predicted once. Bits per byte can be compared between tokenizers, perplexity and "
+            "loss per token cannot."
         ]
     known = [
         have[f"{p}_confidence_intervals"] for p in splits if f"{p}_confidence_intervals" in have

@@ -12,14 +12,13 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline.blocks import Rows
 from pipeline.generation import continuation
-from pipeline.held_out import HeldOutBatches, held_out_texts
+from pipeline.held_out import HeldOutBatches, scored_texts
 from pipeline.model import load_model
 from pipeline.perplexity import Score
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, Recipe
 from pipeline.scoring import sum_scores
 from pipeline.tasks import run_tasks
-from pipeline.tokenizer import token_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +37,8 @@ def score_documents(
         batches: this process's, made `by_document`.
     """
     sums = sum_scores(model, batches, device=model.device, after_batch=after_batch)
-    rows, lengths = batches.dataset, token_bytes(tokenizer)
-    counts = []
-    for number, (text, ids) in enumerate(held_out_texts(rows, tokenizer)):
-        content = text.encode()
-        if number == 0 or not rows.attend_across:  # the first token has no context
-            content = content[int(lengths[ids[:1]].sum()) :]
+    rows, counts = batches.dataset, []
+    for content in scored_texts(rows, tokenizer):
         counts.append((len(content), len(content.decode(errors="replace").split())))
     sums = sums.together(processes, documents=len(counts))
     assert int(sums.tokens.sum()) == rows.scored_tokens

@@ -1,8 +1,8 @@
 """Rows of ids on disk: one Arrow file for each split, which `datasets` opens too.
 
-2 bytes a token (4 above 65,536 entries); beside the ids of a row stand the columns in which
-documents begin and how many of its tokens are text. It is written a bit at a time, and
-memory-mapped to read.
+2 bytes a token (4 above 65,536 entries, and of examples, marked as `marks` says); beside the ids of
+a row stand the columns in which documents begin and how many of its tokens are text. It is written
+a bit at a time, and memory-mapped to read.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import artifact
+from pipeline import artifact, marks
 from pipeline.corpus import SPLITS
 from pipeline.packing import mixture
 from pipeline.recipe import InputError
@@ -34,7 +34,15 @@ def describe(folder: Path, section: DataSection) -> str:
     if section.streaming:
         return "\n".join(lines[:1] + lines[2:])
     train = facts["train"]
-    if section.packing == "best_fit":
+    if section.example_format is not None:
+        found = {n: sum(facts[split][n] for split in SPLITS) for n in ("shortened", "too_long")}
+        lines.append(
+            f"{section.example_format}: {train['predicted_tokens']:,} of the training tokens are "
+            f"predicted; {train['padding']:.2%} of the room in the rows is padding; of examples "
+            f"longer than a row {found['shortened']:,} lost their beginning, {found['too_long']:,} "
+            "whose completion does not fit are left out"
+        )
+    elif section.packing == "best_fit":
         lines.append(
             f"best_fit: {train['padding']:.2%} of the room in the rows is padding, "
             f"{train['truncation']:.2%} of the documents are longer than a row and cut"
@@ -67,7 +75,8 @@ def show(folder: Path, tokenizer: PreTrainedTokenizerBase | FolderTokenizer, cou
     They are training rows; of a stream, which has none yet, validation rows.
     """
     manifest, lines = artifact.read_manifest(folder), []
-    facts, is_cut = manifest["facts"], manifest["made_from"]["data"]["packing"] == "best_fit"
+    facts, data = manifest["facts"], manifest["made_from"]["data"]
+    is_cut, of_examples = data["packing"] == "best_fit", "format" in data
     rows = RowFile.open(folder / f"{'train' if facts['train']['rows'] else 'validation'}.arrow")
     for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist():
         documents, begins = rows.documents_of(index), rows.row(index)[1][:1].tolist() == [0]
@@ -75,6 +84,13 @@ def show(folder: Path, tokenizer: PreTrainedTokenizerBase | FolderTokenizer, cou
         filled = f", {rows.block_size - used} filled up" if used < rows.block_size else ""
         lines.append(f"--- row {index:,}: {len(documents)} document(s){filled}")
         for number, document in enumerate(documents):
+            if of_examples:
+                shown = "[an example] "
+                for place, part in enumerate(marks.runs(document)):
+                    shown += "[predicted]" if place % 2 else "[given]"
+                    shown += tokenizer.decode(marks.bare(part))
+                lines.append(shown)
+                continue
             mark = "[a document begins]" if number or begins else "[a document goes on]"
             # Where long documents are cut, their parts are placed like documents.
             lines.append("[a document, or a part of a long one]" if is_cut else mark)
@@ -89,6 +105,12 @@ def check_enough(facts: dict[str, Any], section: DataSection) -> None:
         InputError: there are none.
     """
     train = facts["train"]
+    if not train["rows"] and train.get("too_long"):
+        raise InputError(
+            f"no completion fits into a row of {section.block_size} tokens with a token before it: "
+            f"all {train['too_long']:,} training examples are left out; set a larger "
+            "data.block_size"
+        )
     if not train["rows"]:
         counts = (source[name] for source in facts["sources"] for name in COUNTED[1:-1])
         left_out = sum(counts)
@@ -121,6 +143,12 @@ def check_held_out(facts: dict[str, Any], section: DataSection) -> None:
     Raises:
         InputError: there are none.
     """
+    if not facts["validation"]["rows"] and section.example_format is not None:
+        raise InputError(
+            f"no example is held out for validation ({facts['train']['documents']} are left for "
+            f"training, data.validation_fraction {section.validation_fraction}): raise the "
+            "fraction, give more examples, or data.validation_files"
+        )
     if not facts["validation"]["rows"]:
         raise InputError(
             f"no text is held out for validation ({facts['train']['documents']} documents, "

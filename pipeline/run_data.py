@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline import machine
 from pipeline.blocks import Rows, open_blocks
+from pipeline.completions import CHAT_TEMPLATE
 from pipeline.corpus import Corpus
 from pipeline.preparation import prepare_blocks, stream_of
 from pipeline.recipe import Recipe
@@ -39,6 +40,8 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
             recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model
         )
         prepare_blocks(section, corpus, tokenizer, folder, cleaning=recipe.cleaning)
+    if section.example_format == "messages":
+        tokenizer.chat_template = CHAT_TEMPLATE  # saved with it; whatever it had before
     rows_per_update = recipe.tokens_per_update // section.block_size
     stream = stream_of(
         section,

@@ -47,7 +47,7 @@ SECONDS_FOR_A_WORD = 2.0
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
     "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "README.md", SAMPLES, IDENTITY, LIST,
+    "tokenizer_config.json", "chat_template.jinja", "README.md", SAMPLES, IDENTITY, LIST,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 

@@ -78,6 +78,11 @@ class TokenizerSection(Section):
         return self
 
 
+# What has no meaning for prompts and completions, and what follows from them.
+NOT_OF_EXAMPLES = ("text_column", "separator", "join_rows")
+EXAMPLES_ARE = {"packing": "best_fit", "attend_across": False}
+
+
 class SourceFields(Section):
     """Where documents come from and how they are told apart."""
 
@@ -92,6 +97,9 @@ class SourceFields(Section):
     """Split of that data set to read documents from."""
     dataset_revision: str | None = None
     """Branch, tag or commit of that data set."""
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    """text: documents. Tables with the columns prompt and completion, or messages (each a list of
+    role and content): the completion, or what the assistant says, is all that is predicted."""
     text_column: str = "text"
     """Column of a table or data set that holds a document's text."""
     separator: str | None = Field(None, min_length=1)
@@ -175,6 +183,14 @@ class DataSection(SourceFields):
     def _one_held_out_file_is_a_list(cls, values: Any) -> Any:
         return _listed(_listed(values, "validation_files"), "test_files")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _examples_are_kept_whole(cls, values: Any) -> Any:
+        """State what follows from the format; what contradicts it is found below."""
+        if isinstance(values, dict) and _formats(values) - {"text"}:
+            values = {**EXAMPLES_ARE, **values}
+        return values
+
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DataSection":
         given = [self.files is not None, self.dataset is not None, self.sources is not None]
@@ -191,6 +207,8 @@ class DataSection(SourceFields):
                     f"data.{misplaced[0]} beside data.sources: state it in each source instead"
                 )
             _check_weights(self.sources)
+        if self.example_format is not None:
+            self._check_examples()
         for split in ("validation", "test"):
             if getattr(self, f"{split}_split") is None:
                 continue
@@ -219,6 +237,37 @@ class DataSection(SourceFields):
             )
         return self
 
+    def _check_examples(self) -> None:
+        sources, given = self.sources or [self], f"with data.format {self.example_format}"
+        if len({source.format for source in sources}) > 1:
+            raise ValueError(
+                "data.sources: every source has the same format, since text is packed otherwise "
+                "than prompts and completions"
+            )
+        for name in NOT_OF_EXAMPLES:
+            if any(name in s.model_fields_set and getattr(s, name) for s in sources):
+                raise ValueError(f"data.{name} has no meaning {given}; leave it out")
+        if self.streaming:
+            raise ValueError(
+                f"data.streaming: {given} examples are kept whole, for which all of them have to "
+                "be seen first; leave it out"
+            )
+        if self.hold_out == "tail":
+            raise ValueError(f"data.hold_out tail: {given} examples are held out whole")
+        for name, value in EXAMPLES_ARE.items():
+            if getattr(self, name) != value:
+                said, stated = (str(v).lower() for v in (value, getattr(self, name)))
+                raise ValueError(
+                    f"data.{name} {stated}: {given} it is {said}, so that no example is cut or "
+                    "sees another; leave it out"
+                )
+
+    @property
+    def example_format(self) -> str | None:
+        """prompt_completion or messages; None where documents are predicted from end to end."""
+        found = (self.sources or [self])[0].format
+        return None if found == "text" else found
+
     @property
     def all_sources(self) -> list[SourceSection]:
         """The sources, also where there is only one."""
@@ -239,6 +288,16 @@ class DataSection(SourceFields):
     def has_own(self, split: str) -> bool:
         """Whether a held-out split has text of its own."""
         return bool(getattr(self, f"{split}_files") or getattr(self, f"{split}_split"))
+
+
+def _formats(values: dict[str, Any]) -> set[Any]:
+    """Return the formats that a `data:` section states."""
+    sources = values.get("sources")
+    found = [values, *sources] if isinstance(sources, list) else [values]
+    formats = [
+        s.get("format") if isinstance(s, dict) else getattr(s, "format", None) for s in found
+    ]
+    return {one or "text" for one in formats}
 
 
 def _check_weights(sources: list[SourceSection]) -> None:

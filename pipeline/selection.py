@@ -16,6 +16,7 @@ from pipeline import cleaning, packing, raw_documents, sources, text_files
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.encoder import Encoder
+from pipeline.marks import bare
 from pipeline.row_tables import COUNTED
 from pipeline.sections import CleaningSection, DataSection, SourceSection
 from pipeline.token_shards import TokenShard
@@ -37,8 +38,9 @@ class Texts(NamedTuple):
 
 
 def dtype_of(texts: Texts) -> str:
-    """Return the type of an id on disk."""
-    return "uint16" if len(texts.tokenizer) <= 1 << 16 else "uint32"
+    """Return the type of an id on disk; of examples it has room for a mark."""
+    is_narrow = len(texts.tokenizer) <= 1 << 16 and texts.section.example_format is None
+    return "uint16" if is_narrow else "uint32"
 
 
 def select(texts: Texts, shards: list[TokenShard]) -> tuple[list[Kept], list[dict[str, int]]]:
@@ -133,7 +135,7 @@ def _forbidden(
     for shard, mask in zip(shards, keep, strict=True):
         for split in SPLITS[1:]:
             for chunk in chunks_of(texts, shard, Kept(mask, np.empty((0, 2), np.int64), 0), split):
-                yield chunk.ids, np.diff(np.append(chunk.starts, len(chunk.ids)))
+                yield bare(chunk.ids), np.diff(np.append(chunk.starts, len(chunk.ids)))
     source = benchmarks(texts)
     encoder = Encoder(texts.tokenizer.backend_tokenizer.to_str()).open()
     if source is not None:

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from pipeline import artifact
 from pipeline.blocks import Rows
-from pipeline.held_out import held_out_texts
+from pipeline.held_out import held_out_ids, held_out_texts
+from pipeline.marks import decoded
 from pipeline.measuring import loaded, measure_texts
 from pipeline.options import MeasureOptions
 from pipeline.perplexity import MEASURES
@@ -59,13 +62,18 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
         model, tokenizer = loaded(name)
         numbers: dict[str, Any] = {}
         if options.has_text:
-            text = Text(options)
+            text = Text(options, tokenizer)
+            how = {"joined": joined, **settings}
+            if text.format != "text":
+                if "target" in options.model_fields_set:
+                    raise InputError("--target: of examples the completion is scored; leave it out")
+                how |= {"joined": bool(options.joined), "target": "completion"}
             measured = measure_texts(
-                text.documents(), model, tokenizer, joined=joined, processes=processes,
-                bytes_to_read=text.size, **settings,
+                text.documents(), model, tokenizer, processes=processes, bytes_to_read=text.size,
+                **how,
             )  # fmt: skip
             numbers = measured.numbers()
-            found["text"] = text.identity() | {"joined": joined}
+            found["text"] = text.identity() | {"joined": how["joined"]}
             numbers["attend_across"] = getattr(model.config, "attend_across", True)
         numbers["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
         if options.tasks:
@@ -86,20 +94,22 @@ class Text:
 
     Attributes:
         size: bytes of its files, None where that is not known.
+        format: as `data.format` says.
     """
 
-    def __init__(self, options: MeasureOptions) -> None:
+    def __init__(self, options: MeasureOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find the text; examples that a run encoded with this very tokenizer keep their ids."""
         self._digest, self._count = hashlib.sha256(), 0
         self.size: int | None = None
         if options.held_out is not None:
             run, split = Path(options.held_out), options.split
             self.name = f"{run} ({split})"
-            self.size, self._documents = _held_out(run, split)
+            self.size, self.format, self._documents = _held_out(run, split, tokenizer)
             return
         source = SourceSection(**{n: getattr(options, n) for n in SourceSection.model_fields
                                   if n not in ("name", "weight")})  # fmt: skip
         size, found = documents_of(source)
-        self.size = size or None
+        self.size, self.format = size or None, source.format
         self.name = ", ".join(source.files or [f"{source.dataset} ({source.dataset_split})"])
         self._documents = (document.read() for document in found)
 
@@ -113,7 +123,8 @@ class Text:
     def identity(self) -> dict[str, Any]:
         """Return what was read: name, documents and a sha256 over their text."""
         digest = self._digest.hexdigest()
-        return {"source": self.name, "documents": self._count, "fingerprint": digest}
+        found = {"source": self.name, "documents": self._count, "fingerprint": digest}
+        return found if self.format == "text" else found | {"format": self.format}
 
     def _told(self, pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
@@ -128,6 +139,8 @@ def table(found: dict[str, Any]) -> str:
     if "text" in found:
         text = found["text"]
         how = "laid end to end, as in training" if text["joined"] else "each by itself"
+        if "format" in text:
+            how = "each by itself, of which the completion is scored"
         lines.append(f"{text['source']}: {text['documents']:,} document(s), {how}")
     shown = {_short(name, models): _cells(name, models) for name in models}
     rows = list(dict.fromkeys(row for cells in shown.values() for row in cells))
@@ -191,8 +204,13 @@ def write(found: dict[str, Any], path: str | None) -> None:
             artifact.write_whole(Path(path), artifact.as_json(found) + "\n")
 
 
-def _held_out(run: Path, split: str) -> tuple[int, Iterator[Iterator[str]]]:
-    """Return the held-out text of a run, put together again from its rows, and its bytes."""
+def _held_out(
+    run: Path, split: str, for_tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, str, Iterator[Iterator[str]]]:
+    """Return the bytes, format and documents of a run's held-out text, out of its rows.
+
+    Examples that were cut to a row are encoded again with another tokenizer only.
+    """
     if not (run / CONFIG).exists():
         raise InputError(f"--held_out {run}: no run of ours ({CONFIG} is missing)")
     folder = run / "blocks"
@@ -208,8 +226,12 @@ def _held_out(run: Path, split: str) -> tuple[int, Iterator[Iterator[str]]]:
         )
     if not manifest["facts"][split]["rows"]:
         raise InputError(f"--held_out {run}: has no {split} text; take the other --split")
-    texts = held_out_texts(Rows.open(folder, split), tokenizer)
-    return manifest["facts"][split]["bytes"], (iter([text]) for text, _ in texts)
+    rows, size = Rows.open(folder, split), manifest["facts"][split]["bytes"]
+    if not rows.is_marked:
+        return size, "text", (iter([text]) for text, _ in held_out_texts(rows, tokenizer))
+    is_same = tokenizer_fingerprint(for_tokenizer) == tokenizer_fingerprint(tokenizer)
+    examples = (decoded(ids, tokenizer, keep_ids=is_same) for ids in held_out_ids(rows))
+    return size, manifest["made_from"]["data"]["format"], (iter([one]) for one in examples)
 
 
 def _cells(name: str, models: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -83,6 +83,11 @@ def shards_of(
 
     for name, path in files:
         kind, length = kind_of(path, source), path.stat().st_size
+        if kind == "text" and source.format != "text":
+            raise InputError(
+                f"{path}: a file of text has no columns; data.format {source.format} is for "
+                ".jsonl, .csv and .parquet files and data sets"
+            )
         if kind == "text":
             together.append((name, str(path)))
             together_size += length
@@ -100,7 +105,7 @@ def shards_of(
 def documents_of(source: SourceSection) -> tuple[int, Iterator[Document]]:
     """Return the bytes of a source's files and all its documents, of no split, in order.
 
-    Each is read in windows that tokenise as the whole does.
+    Each is read in windows that tokenise as the whole does, or is an `Example`.
 
     Raises:
         InputError: see `find_files`, `shards_of` and `raw_documents.read_shard`.
@@ -111,7 +116,9 @@ def documents_of(source: SourceSection) -> tuple[int, Iterator[Document]]:
     def documents() -> Iterator[Document]:
         for shard in shards_of(0, source, files, total_bytes=size):
             for document in read_shard(shard, source):
-                yield document._replace(read=functools.partial(_windows, document))
+                if source.format == "text":
+                    document = document._replace(read=functools.partial(_windows, document))
+                yield document
 
     return size, documents()
 

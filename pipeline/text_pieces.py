@@ -7,7 +7,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.completions import Example
 from pipeline.encoder import Encoder
+from pipeline.marks import PREDICTED, ExampleEncoder, fitted, predicted_text
+from pipeline.recipe import InputError
 from pipeline.text_files import safe_windows
 from pipeline.tokenizer import token_bytes
 
@@ -38,8 +41,9 @@ class WindowOptions:
     max_length: int | None = None
     """Tokens of a text, the start token included, after which the rest is left out; of a text that
     is cut no end is predicted."""
-    target: Literal["all", "last_word"] = "all"
-    """last_word: only the tokens of each text's last word are scored."""
+    target: Literal["all", "last_word", "completion"] = "all"
+    """last_word: only the tokens of each text's last word are scored; completion: texts are
+    examples, of which that alone is."""
     prepare: Callable[[str], str] | None = None
     """What is done to a whole text before it is encoded; bytes and words stay those before."""
 
@@ -49,6 +53,7 @@ class Piece(NamedTuple):
 
     document: int
     ids: np.ndarray
+    """With target completion marked, see `marks`."""
     begins: bool
     ends: bool
     is_cut: bool = False
@@ -63,8 +68,8 @@ class TextPieces:
     Attributes:
         bytes: UTF-8 bytes of each text's scored tokens.
         words: white-space separated words of which at least a part is scored, of each text.
-        truncated: texts that were cut at `max_length`, or of which, with target last_word, the
-            beginning does not fit into the window.
+        truncated: texts that were cut at `max_length`, or of which, with target last_word or
+            completion, the beginning does not fit into the window.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class TextPieces:
         self.words: list[int] = []
         self.truncated = 0
         self._texts, self._options, self._after_read = texts, options, after_read
+        self._tokenizer = tokenizer
         self._encoder = Encoder(tokenizer.backend_tokenizer.to_str()).open()
         self._lengths = token_bytes(tokenizer)
         self._length = 0  # tokens of the text that is being read
@@ -94,7 +100,9 @@ class TextPieces:
         for document, text in enumerate(self._texts):
             self.bytes.append(0)
             self.words.append(0)
-            if isinstance(text, str):
+            if self._options.target == "completion":  # whole by nature
+                text = iter([text]) if isinstance(text, str) else text
+            elif isinstance(text, str):
                 text = safe_windows(iter([text]), f"text {document}")
             if self._options.prepare or self._options.target == "last_word":  # wanted whole
                 text = iter(["".join(text)])
@@ -113,6 +121,9 @@ class TextPieces:
     def _encoded(self, parts: list[tuple[int, str, bool, bool]]) -> Iterator[Piece]:
         options = self._options
         prepare = options.prepare or (lambda text: text)
+        if options.target == "completion":
+            yield from self._examples([part[0] for part in parts], [part[1] for part in parts])
+            return
         if options.target == "last_word":
             yield from self._last_words([(part[0], prepare(part[1])) for part in parts])
             return
@@ -136,6 +147,22 @@ class TextPieces:
             self.bytes[document] += len(content)
             self.words[document] += len(content.decode(errors="replace").split())
             yield Piece(document, ids, begins, ends, is_cut)
+
+    def _examples(self, documents: list[int], examples: list[Example]) -> Iterator[Piece]:
+        if not all(isinstance(example, Example) for example in examples):
+            raise InputError("target completion: the texts have to be examples, see `completions`")
+        end = self._tokenizer.eos_token_id
+        encoded = ExampleEncoder(self._encoder, end).encode(examples)
+        for document, example, ids in zip(documents, examples, encoded, strict=True):
+            self._after_read(len(example.encode()))
+            whole = np.append(ids, np.uint32(end) | PREDICTED)
+            found = fitted(whole, self._options.block_size)
+            if found is not None:
+                self.truncated += found is not whole
+                content = predicted_text(found, self._tokenizer)
+                self.bytes[document] = len(content.encode())
+                self.words[document] = len(content.split())
+                yield Piece(document, found, True, True)
 
     def _last_words(self, texts: list[tuple[int, str]]) -> Iterator[Piece]:
         bare = [text.rstrip() for _, text in texts]

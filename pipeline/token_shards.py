@@ -1,8 +1,8 @@
 """Shards of text to shards of ids: in parallel, each whole or absent, so that work is never redone.
 
-Every shard becomes a folder of its own: all ids in the order of the documents, and a table with one
-line for each document. A shard that stands already and was made from the same text is kept. Which
-processes made them, on how many machines, leaves no trace.
+Every shard becomes a folder of its own: all ids in the order of the documents (of examples marked,
+see `marks`), and a table with one line for each document. A shard that stands already and was made
+from the same text is kept. Which processes made them, on how many machines, leaves no trace.
 """
 
 import functools
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from pipeline import artifact, interruption
+from pipeline import artifact, interruption, marks
 from pipeline.corpus import SPLITS, Corpus, Document, Reader, split_of_digest
 from pipeline.encoder import Encoder, OpenEncoder
 from pipeline.raw_documents import Shard
@@ -138,7 +138,7 @@ def make_token_shard(place: Path, made_from: dict, shard: Shard, work: Work, rep
             (staging / "documents.bin").open("wb") as table,
             (staging / "names.jsonl").open("w") as names,
         ):
-            batch = _Batch(_opened(work.encoder), work, tokens, table)
+            batch = _Batch(work, tokens, table)
             for document in work.reader.documents(shard):
                 windows = _limited(document, work.reader.cleaning, counts)
                 if windows is None:
@@ -163,8 +163,13 @@ def end_with(parent: int) -> None:
 class _Batch:
     """Collects windows of documents and writes their ids when there are enough."""
 
-    def __init__(self, encoder: OpenEncoder, work: Work, tokens: Any, table: Any) -> None:
-        self._encoder, self._work, self._tokens, self._table = encoder, work, tokens, table
+    def __init__(self, work: Work, tokens: Any, table: Any) -> None:
+        self._encoder: OpenEncoder | marks.ExampleEncoder = _opened(work.encoder)
+        self._end = np.array([work.end_of_text], np.uint32)
+        if work.reader.of_examples:
+            self._encoder = marks.ExampleEncoder(self._encoder, work.end_of_text)
+            self._end |= marks.PREDICTED
+        self._work, self._tokens, self._table = work, tokens, table
         self._rows: list[tuple] = []
         self._texts: list[str] = []
         self._ends: list[bool] = []  # whether the document ends with that window
@@ -201,14 +206,13 @@ class _Batch:
         if not self._texts:
             return
         encoded = self._encoder.encode(self._texts)
-        end = np.array([self._work.end_of_text], np.uint32)
         parts: list[np.ndarray] = []
         finished = iter(self._documents)
         for ids, is_end in zip(encoded, self._ends, strict=True):
             parts.append(ids)
             self._open_tokens += len(ids)
             if is_end:
-                parts.append(end)
+                parts.append(self._end)
                 self._rows.append((self._open_tokens + 1, *next(finished)))
                 self._open_tokens = 0
         flat = np.concatenate(parts)

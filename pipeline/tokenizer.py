@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
 from pipeline import artifact
-from pipeline.corpus import Corpus
+from pipeline.completions import Example
+from pipeline.corpus import Corpus, Document
 from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError, check_local, not_loaded
 from pipeline.sections import ModelSection, TokenizerSection
@@ -209,11 +210,17 @@ def _beginnings(corpus: Corpus, shard: Shard, characters: int) -> Iterator[str]:
     for document in corpus.reader.documents(shard):
         if document.split == "train":
             left = characters
-            for window in document.read():
+            for window in _windows(document):
                 yield window[:left]
                 left -= len(window)
                 if left <= 0:
                     break
+
+
+def _windows(document: Document) -> Iterator[str]:
+    """Yield the windows of a document, of an example its pieces: no word reaches across them."""
+    for window in document.read():
+        yield from window.pieces if isinstance(window, Example) else (window,)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

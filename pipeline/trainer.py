@@ -78,7 +78,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             held_out = held_out.part(recipe.evaluation.tokens, tokenizer)
         self._texts = named_texts(recipe, tokenizer)
         self._has_logged_compilation = False
-        self._bytes_per_token = blocks["train"].bytes / blocks["train"].tokens
+        self._bytes_per_token = blocks["train"].bytes_per_token
         still = adaptation.still_blocks(model)
         flops = flops_per_token(  # before anything shards the weights
             parameters=parameter_count(model), trained=parameter_count(model, trained=True),
@@ -261,7 +261,7 @@ class PretrainingTrainer(EvaluatingTrainer):
         config, arguments, rows = self.model.config, self.args, len(self.train_dataset)
         block_size, updates = self.recipe.data.block_size, self._horizon
         held_out = [self.eval_dataset, *self._texts.values()]
-        scored = sum(rows.scored_tokens for rows in held_out)  # a third of a training token each
+        read = sum(len(rows) * block_size for rows in held_out)  # a third of a training token each
         parameters = parameter_count(self.model)
         trained = parameter_count(self.model, trained=True)
         share = f" ({trained:,} of them trained, {trained / parameters:.2%})"
@@ -281,7 +281,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             ),
             f"each evaluation: {self.eval_dataset.scored_tokens:,} held-out tokens"
             + "".join(f", {rows.scored_tokens:,} of {name}" for name, rows in self._texts.items())
-            + f" = {scored / self.recipe.tokens_per_update / 3:.1f} updates' worth of products",
+            + f" = {read / self.recipe.tokens_per_update / 3:.1f} updates' worth of products",
             f"machine: {device_name(arguments.device)}, {torch.get_num_threads()} threads, "
             f"{self.recipe.precision}, {'' if arguments.torch_compile else 'not '}compiled"
             + (" (the first update takes longer)" if arguments.torch_compile else ""),

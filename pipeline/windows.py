@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import packing
 from pipeline.blocks import NO_LABEL, Rows
 from pipeline.held_out import document_numbers
+from pipeline.marks import PREDICTED, bare
 from pipeline.row_file import RowFile
 from pipeline.text_pieces import TextPieces, WindowOptions
 
@@ -25,8 +26,8 @@ SORTED_TOGETHER = 1 << 18
 
 class _Window(NamedTuple):
     ids: np.ndarray
-    context: int
-    """Tokens at its beginning that are not scored."""
+    labels: np.ndarray
+    """The same where a token is scored, else -100."""
     document: int
 
 
@@ -83,6 +84,11 @@ class TextBatches:
         end = np.array([self._end], np.uint32)
         held, context, has_text = end[:0], 1, False
         for piece in self.pieces:
+            if options.target == "completion":
+                ids = bare(piece.ids).astype(np.int64)
+                labels = np.where(piece.ids >= PREDICTED, ids, NO_LABEL)
+                yield _Window(ids, labels, piece.document)
+                continue
             if piece.begins:
                 held, context, has_text = end[: int(options.start_token)], 1, False
             has_text = has_text or len(piece.ids) > 0
@@ -94,10 +100,10 @@ class TextBatches:
             elif piece.ends and options.end_token and has_text and not piece.is_cut:
                 held = np.append(held, end)
             while len(held) >= block_size:
-                yield _Window(held[:block_size], context, piece.document)
+                yield _window(held[:block_size], context, piece.document)
                 held, context = held[stride:], block_size - stride
             if piece.ends and len(held) > context:
-                yield _Window(held, context, piece.document)
+                yield _window(held, context, piece.document)
 
     def _batched(self, windows: list[_Window]) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
         """Yield batches of windows, longest first, so that little is filled up."""
@@ -121,7 +127,7 @@ class TextBatches:
             for window, column in row:
                 here = slice(column, column + len(window.ids))
                 ids[number, here], documents[number, here] = window.ids, window.document
-                labels[number, column + window.context : here.stop] = window.ids[window.context :]
+                labels[number, here] = window.labels
                 positions[number, here] = np.arange(len(window.ids))
         batch = {"input_ids": ids, "labels": labels, "documents": documents}
         if self._options.packed:
@@ -179,6 +185,13 @@ class TextBatches:
                 parts, starts, size = [], [], 0
         if size:
             yield packing.Chunk(np.concatenate(parts), np.array(starts, np.int64))
+
+
+def _window(ids: np.ndarray, context: int, document: int) -> _Window:
+    """Return a window whose first `context` tokens are not scored."""
+    labels = ids.astype(np.int64)
+    labels[:context] = NO_LABEL
+    return _Window(ids, labels, document)
 
 
 def _packed(windows: list[_Window], block_size: int) -> list[list[tuple[_Window, int]]]:

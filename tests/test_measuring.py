@@ -349,7 +349,7 @@ def test_intervals_come_with_every_number(model, tokenizer, beginnings):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"joined": True, "packed": True}, "have a meaning for texts each by itself only"),
         ({"joined": True, "add_start_token": False}, "have a meaning for texts each by itself"),
-        ({"target": "first_word"}, "target is 'first_word'; it is all or last_word"),
+        ({"target": "first_word"}, "target is 'first_word'; it is all, last_word or completion"),
         ({"target": "last_word", "joined": True}, "target last_word is for texts each by itself"),
         ({"detokenize": "ptb"}, "detokenize is 'ptb'; known: wikitext"),
         ({"max_length": 1}, "max_length is 1: at least 2 tokens"),

@@ -79,7 +79,8 @@ def test_a_finished_run_is_sent_with_its_card(server, run, capsys):
     assert len(card.data.eval_results) == 6 and "## Repeat it" in card.text
     recipe = yaml.safe_load(files["config.yaml"])
     assert recipe["data"]["files"] == ["book.txt"] and "output_dir" not in recipe["training"]
-    assert server.repository(NAME).private and server.titles(NAME)[1:] == ["The result after 40 updates"]
+    assert server.repository(NAME).private
+    assert server.titles(NAME)[1:] == ["The result after 40 updates"]
     said = capsys.readouterr().out
     assert f"{run} -> {server.url}/{NAME} (private, branch main)" in said
     assert "stays here: blocks/, checkpoint-20/, report.html, run_status.json\n" in said
