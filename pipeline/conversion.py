@@ -125,7 +125,10 @@ def _own_tokenizer(weights: Weights) -> PreTrainedTokenizerBase | None:
 def _merged(weights: Weights, tokenizer: PreTrainedTokenizerBase | None) -> _Converted:
     model, base = merged_model(weights), base_of(weights)
     if tokenizer is None:
-        tokenizer = load_tokenizer(base)
+        try:
+            tokenizer = load_tokenizer(base)
+        except InputError as error:
+            raise InputError(f"{error}; --tokenizer names another place") from None
     _check_fits(tokenizer, model.config.vocab_size, weights)
     set_generation_fields(model, tokenizer.eos_token_id)
     notes = []

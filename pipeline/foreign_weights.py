@@ -47,12 +47,13 @@ def foreign_model(
     with torch.device("meta"):  # names and shapes, no memory
         shapes = {n: t.shape for n, t in GPT2LMHeadModel(config).state_dict().items()}
     state = gpt2_state(weights, shapes)
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+        for name in {EMBEDDING, HEAD} & state.keys():
+            state[name] = state[name][:vocab_size].clone()
     config.tie_word_embeddings = HEAD not in state or torch.equal(state[HEAD], state[EMBEDDING])
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-        state |= {name: state[name][:vocab_size].clone() for name in (EMBEDDING, HEAD)}
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     model.load_state_dict(state, assign=True)

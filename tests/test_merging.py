@@ -124,6 +124,25 @@ def test_a_tokenizer_with_more_entries_than_the_embedding_is_refused(base, tmp_p
     assert "has 385 entries, but the embedding of" in said and "only 384 rows" in said
 
 
+def test_a_base_without_a_tokenizer_needs_one_named(base, tmp_path, tokenizer):
+    base_model().save_pretrained(tmp_path / "bare")
+    expected = adapter(tmp_path / "bare", tmp_path / "adapter")
+    said = refused(tmp_path / "adapter", tmp_path / "out")
+    assert "no tokenizer in this folder" in said
+    assert said.endswith("--tokenizer names another place")
+    convert(tmp_path / "adapter", tmp_path / "out", "--tokenizer", base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
+
+
+def test_an_adapter_that_computes_nothing_finite_is_refused(base, tmp_path):
+    adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: t.fill_(torch.nan) for n, t in load_file(file).items()}, file)
+    assert refused(tmp_path / "adapter", tmp_path / "out").endswith("values that are not finite")
+
+
 def change(folder, **settings):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -134,7 +153,7 @@ def test_a_base_of_another_size_is_refused(base, tmp_path, sizes):
     adapter(base, tmp_path / "adapter")
     base_model(**sizes).save_pretrained(tmp_path / "other")
     change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "other"))
-    said = refused(tmp_path / "adapter", tmp_path / "out", "--tokenizer", base)
+    said = refused(tmp_path / "adapter", tmp_path / "out")
     assert f"does not fit its base model {tmp_path / 'other'}" in said
 
 

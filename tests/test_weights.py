@@ -138,6 +138,13 @@ def test_a_sharded_model_is_one_table(tmp_path, rough_model, folder, capsys):
     assert refused(tmp_path / "sharded") == f"{gone}: is missing"
 
 
+def test_a_model_kept_as_a_pickle_is_looked_at(tmp_path, rough_model, folder, capsys):
+    torch.save(rough_model.state_dict(), tmp_path / "pytorch_model.bin")
+    lines, total = table_of(capsys, tmp_path), table_of(capsys, folder)[-2]
+    assert lines[-1].split()[-5] == total.split()[-5]
+    assert any(line.endswith("tied: is transformer.wte.weight, counted once") for line in lines)
+
+
 def test_a_checkpoint_of_a_run_and_an_adapter_are_looked_at(folder, tmp_path, capsys):
     checkpoint = shutil.copytree(folder, tmp_path / "run" / "checkpoint-10")
     assert "tied: transformer.wte.weight" in table_of(capsys, checkpoint)[-1]
