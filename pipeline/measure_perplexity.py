@@ -16,16 +16,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv, MeasureOptions, doc=__doc__)
 
     # Not before: these imports take seconds, and --help should not.
-    from pipeline import side_by_side
+    from pipeline import json_file, side_by_side
     from pipeline.processes import Processes
 
-    side_by_side.check_target(options.json_)
+    json_file.check_target(options.json_)
     processes = Processes.launched()
     with side_by_side.said_as_options():
         found = side_by_side.compare(options, processes)
     if processes.is_main:
         sys.stdout.write(side_by_side.table(found) + "\n")
-        side_by_side.write(found, options.json_)
+        json_file.write(found, options.json_)
 
 
 if __name__ == "__main__":

@@ -153,17 +153,23 @@ def build_model(
         check_documents_are_apart(model)
     if not attend_across or hasattr(model.config, "attend_across"):
         model.config.attend_across = attend_across
-    # Stock `pipeline("text-generation")` otherwise asks for more tokens than there are positions.
-    model.generation_config.max_new_tokens = max(1, model.config.n_positions // 2)
-    model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
-    model.config.eos_token_id = model.generation_config.eos_token_id = end_of_text
-    model.config.pad_token_id = model.generation_config.pad_token_id = end_of_text
+    set_generation_fields(model, end_of_text)
     # `GPT2LMHeadModel` has no loss type of its own, and Trainer then divides the summed loss by
     # block_size instead of by the block_size - 1 tokens that are predicted.
     model.loss_type = "ForCausalLM"
     model.forward = types.MethodType(_forward_with_loss_or_logits, model)
     _use_fused_activation(model)
     return model
+
+
+def set_generation_fields(model: PreTrainedModel, end_of_text: int | None) -> None:
+    """Say in the configs that bos, eos and pad are end-of-text, and how long a text may become."""
+    # Stock `pipeline("text-generation")` otherwise asks for more tokens than there are positions.
+    positions = model.config.max_position_embeddings
+    model.generation_config.max_new_tokens = max(1, positions // 2)
+    model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
+    model.config.eos_token_id = model.generation_config.eos_token_id = end_of_text
+    model.config.pad_token_id = model.generation_config.pad_token_id = end_of_text
 
 
 def check_documents_are_apart(model: GPT2LMHeadModel) -> None:

@@ -235,3 +235,33 @@ class GenerateOptions(SamplingFields):
                 "--num_samples and --output have no meaning with --interactive; leave them out"
             )
         return self
+
+
+class ConvertOptions(Section):
+    """Options of convert_weights.py."""
+
+    source: str
+    """nanoGPT's ckpt.pt, the folder of one of OpenAI's TensorFlow checkpoints, or that of a LoRA
+    adapter; which it is, is found out by looking."""
+    output_dir: str
+    """Folder to write, which transformers opens."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the tokenizer that the model was trained with (default: the source's
+    own, if there is one); rows of the embedding beyond its entries are cut off."""
+    activation: Literal["gelu", "gelu_new"] | None = None
+    """Of a nanoGPT checkpoint: gelu is exact, gelu_new GPT-2's approximation (default: gelu, which
+    nanoGPT has had since 17 May 2023; a checkpoint cannot tell)."""
+    overwrite: bool = False
+    """Replace what an earlier conversion wrote to output_dir."""
+
+
+class InspectOptions(Section):
+    """Options of inspect_weights.py."""
+
+    model: str
+    """Folder (of a model, a checkpoint, a LoRA adapter, a TensorFlow checkpoint), file
+    (.safetensors, nanoGPT's ckpt.pt) or Hub name."""
+    match: str | None = None
+    """Only the tensors with such a name, '*.attn.*' for instance."""
+    json_: str | None = Field(None, alias="json")
+    """File to write the table to."""

@@ -13,7 +13,15 @@ from pipeline.command_line import read_command_line, read_options
 from pipeline.options import GenerateOptions, MeasureOptions, PretrainOptions
 from pipeline.recipe import InputError, Recipe, Section
 
-DOORS = ["pretrain", "train_tokenizer", "prepare_data", "measure_perplexity", "generate"]
+DOORS = [
+    "pretrain",
+    "train_tokenizer",
+    "prepare_data",
+    "measure_perplexity",
+    "generate",
+    "convert_weights",
+    "inspect_weights",
+]
 
 
 def parse(*argv):

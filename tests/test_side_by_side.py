@@ -14,10 +14,11 @@ from conftest import ROOT, make_texts, roughened
 from transformers import GPT2LMHeadModel
 
 from pipeline import measure_perplexity
+from pipeline.json_file import check_target, write
 from pipeline.measuring import measure_texts
 from pipeline.model import build_model, load_model
 from pipeline.recipe import InputError, ModelSection
-from pipeline.side_by_side import check_target, said_as_options, table, write
+from pipeline.side_by_side import said_as_options, table
 from pipeline.tokenizer import load_tokenizer, train_tokenizer
 
 
