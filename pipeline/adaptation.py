@@ -8,7 +8,6 @@ same but asks for a peft that is newer than the newest (0.22, transformers 5.24)
 import contextlib
 import importlib.util
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from pipeline.pretrained import ADAPTER_CONFIG
-from pipeline.recipe import InputError, first_line, not_loaded, read_recipe
+from pipeline.recipe import InputError, read_recipe
 from pipeline.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -143,42 +142,15 @@ def is_adapter(name: str) -> bool:
         return False
 
 
-def merged(name: str) -> GPT2LMHeadModel:
-    """Return the base of an adapter, in fp32, with the adapter's products added to its weights.
+def attends_across(name: str) -> bool:
+    """Whether an adapter's run let documents see each other, by the recipe beside it.
 
-    Where the run's recipe lies beside it, the config says as it does how documents were kept apart.
-
-    Args:
-        name: folder or Hub name of the adapter.
-
-    Raises:
-        InputError: peft is not installed, the base or the adapter cannot be loaded, or they do not
-            fit each other.
+    An adapter has no config of its own that would say so; without a recipe they do.
     """
-    check_peft(f"{name}: a LoRA adapter")
-    from peft import PeftConfig, PeftModel
-
-    try:
-        config = PeftConfig.from_pretrained(name)
-    except Exception as error:  # network, name, file format
-        raise not_loaded(name, "LoRA adapter", error) from None
-    base = config.base_model_name_or_path
-    try:
-        model = GPT2LMHeadModel.from_pretrained(base, revision=config.revision, dtype="float32")
-    except Exception as error:
-        raise not_loaded(f"{name}: its base model {base}", "model", error) from None
-    try:
-        with warnings.catch_warnings():  # peft asks for a name that transformers 6 will not have
-            warnings.simplefilter("ignore", FutureWarning)
-            model = PeftModel.from_pretrained(model, name).merge_and_unload()
-    except Exception as error:
-        raise InputError(
-            f"{name}: this adapter does not fit its base model {base}: {first_line(error)}"
-        ) from None
-    with contextlib.suppress(InputError):  # another version's, or another program's
+    with contextlib.suppress(InputError):  # another version's recipe, or another program's file
         if (path := _file(name, "config.yaml")) is not None:
-            model.config.attend_across = read_recipe(Path(path)).data.attend_across
-    return model
+            return read_recipe(Path(path)).data.attend_across
+    return True
 
 
 def _file(name: str, file: str) -> str | None:

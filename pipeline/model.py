@@ -23,9 +23,11 @@ import pipeline.attention  # noqa: F401  registers its functions with transforme
 from pipeline import adaptation
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
+from pipeline.merging import merged_model
 from pipeline.pretrained import pretrained_config
 from pipeline.recipe import InputError, check_local, first_line, not_loaded
 from pipeline.sections import ModelSection
+from pipeline.weights import open_weights
 
 # Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
 DERIVED = {
@@ -256,7 +258,8 @@ def load_model(name: str) -> PreTrainedModel:
         InputError: there is none, or it is an adapter and peft is not installed.
     """
     if adaptation.is_adapter(name):
-        model = adaptation.merged(name)
+        model = merged_model(open_weights(name))
+        model.config.attend_across = adaptation.attends_across(name)
     else:
         check_local(name, "model", "config.json")
         try:

@@ -305,15 +305,6 @@ def test_a_lora_adapter_opens(folder, tokenizer, write, tmp_path):
     assert write(*greedy, model=tmp_path).out == f"{text}\n" != write(*greedy).out
 
 
-def test_without_peft_an_adapter_says_what_it_needs(write, tmp_path, monkeypatch):
-    from pipeline import model
-
-    (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(model, "is_peft_available", lambda: False)
-    with pytest.raises(InputError, match="is a LoRA adapter, which needs the extra"):
-        write("--prompt", "a", model=tmp_path)
-
-
 def test_lines_are_prompts_and_the_seed_rises(typed, write):
     found = typed("the model", "", "//x", argv=["--seed", "3"])
     expected = [
