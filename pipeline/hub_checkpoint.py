@@ -6,19 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
 from pipeline import artifact
 from pipeline.checkpoint import STATE
 from pipeline.hub import check_name
-from pipeline.hub_client import Temporary, repeated
+from pipeline.hub_client import Temporary, reader, repeated
 from pipeline.recipe import InputError
 from pipeline.run_identity import IDENTITY, kept_identity
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
-ATTEMPTS = 4
+ATTEMPTS = 2  # the library itself tries each request five times
 
 
 def fetched(resume: str, run_folder: Path) -> Path:
@@ -55,16 +53,19 @@ def fetched(resume: str, run_folder: Path) -> Path:
 
 
 def _fetch(resume: str, repo_id: str, revision: str, staging: Path, run_folder: Path) -> Path:
-    info = HfApi().repo_info(repo_id, revision=revision)
+    client = reader()
+    info = client.repo_info(repo_id, revision=revision)
     there = {sibling.rfilename for sibling in info.siblings}
     if not {artifact.MANIFEST, STATE} <= there:
-        branches = [branch.name for branch in HfApi().list_repo_refs(repo_id).branches]
+        branches = [branch.name for branch in client.list_repo_refs(repo_id).branches]
         raise InputError(
             f"--resume {resume}: holds no checkpoint that was pushed whole (training.hub_strategy "
             f"checkpoint and all_checkpoints push such); branches there: {', '.join(branches)}"
         )
     place = {"revision": info.sha, "local_dir": staging}
-    manifest = json.loads(Path(hf_hub_download(repo_id, artifact.MANIFEST, **place)).read_text())
+    manifest = json.loads(
+        Path(client.hf_hub_download(repo_id, artifact.MANIFEST, **place)).read_text()
+    )
     folder = run_folder / f"checkpoint-{manifest['facts']['step']}"
     if folder.exists() and artifact.damage(folder) is None:
         if artifact.read_manifest(folder)["files"] != manifest["files"]:
@@ -76,11 +77,11 @@ def _fetch(resume: str, repo_id: str, revision: str, staging: Path, run_folder: 
     size = sum(file["size"] for file in manifest["files"].values())
     logger.info("fetching %s (%.2f GB) into %s", resume, size / 1e9, folder)
     wanted = [*manifest["files"], artifact.MANIFEST]
-    snapshot_download(repo_id, allow_patterns=wanted, **place)
+    client.snapshot_download(repo_id, allow_patterns=wanted, **place)
     if wrong := artifact.damage(staging):
         raise InputError(f"--resume {resume}: arrived damaged: {wrong}; try again")
     if IDENTITY in there and kept_identity(run_folder) is None:
-        hf_hub_download(repo_id, IDENTITY, **place)
+        client.hf_hub_download(repo_id, IDENTITY, **place)
         os.replace(staging / IDENTITY, run_folder / IDENTITY)
     shutil.rmtree(staging / ".cache", ignore_errors=True)
     if folder.exists():

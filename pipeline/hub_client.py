@@ -54,6 +54,12 @@ def api(repo_id: str) -> HfApi:
     return HfApi()
 
 
+def reader() -> HfApi:
+    """Return the client for what may be read by anybody, or by the token if there is one."""
+    _with_time_limits()
+    return HfApi()
+
+
 def repeated(work: Callable[[], T], repo_id: str, *, attempts: int) -> T:
     """Return what the work returns; failures that may pass are waited for.
 

@@ -118,20 +118,20 @@ class PushList:
         return next((r.branch for r in self._revisions if r.name == RESULT), None)
 
     def add_sent(self, revision: Revision) -> None:
-        """Take down a revision that was sent without having waited."""
+        """Take down a revision that is on the Hub, whether it has waited or not."""
         with self._lock:
             of = (revision.name, revision.branch)
-            self._revisions = [r for r in self._revisions if (r.name, r.branch) != of]
-            self._revisions.append(revision)
+            places = [(r.name, r.branch) for r in self._revisions]
+            if of in places:
+                self._revisions[places.index(of)] = revision
+            else:
+                self._revisions.append(revision)
             self._write()
         self._let_go()
 
     def mark_sent(self, revision: Revision, commit: str) -> None:
         """Take down that a revision is on the Hub; its files are let go."""
-        with self._lock:
-            revision.commit = commit
-            self._write()
-        self._let_go()
+        self.add_sent(dataclasses.replace(revision, commit=commit))
 
     def give_up_oldest(self) -> Revision | None:
         """Let go of the oldest checkpoint that waits, if there are several: the disk is full."""
