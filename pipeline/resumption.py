@@ -26,7 +26,8 @@ HARMLESS = (
     "training.disable_tqdm", "training.log_level", "training.log_on_each_node",
     "training.logging", "training.save_steps", "training.save_total_limit",
     "training.save_strategy", "training.dataloader", "training.skip_memory_metrics",
-    "training.ddp_timeout", "training.hub", "training.torch_empty_cache_steps",
+    "training.ddp_timeout", "training.hub", "training.push_to_hub",
+    "training.torch_empty_cache_steps",
 )  # fmt: skip
 
 # These keep the order of rows: a run can go on with the new value.
