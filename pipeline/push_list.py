@@ -52,7 +52,7 @@ class PushList:
         """Read it, empty where there is none."""
         self.repo_id: str | None = None
         self.is_private = True
-        self._folder, self._lock = run_folder, threading.Lock()
+        self._folder, self._lock = run_folder, threading.RLock()
         self._revisions: list[Revision] = []
         try:
             kept = json.loads((run_folder / LIST).read_text(encoding="utf-8"))
@@ -88,14 +88,14 @@ class PushList:
             OSError: its files cannot be held.
         """
         place = self.place_of(revision)
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        for name, content in files.items():
-            if isinstance(content, bytes):
-                (place / name).write_bytes(content)
-            else:
-                _link(content, place / name)
-        with self._lock:
+        with self._lock:  # all of it: what is not on the list is nobody's, and is removed
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    (place / name).write_bytes(content)
+                else:
+                    _link(content, place / name)
             # Of a branch that shows the newest checkpoint alone an older one is not missed.
             is_stale = {LAST} & {revision.branch}
             self._revisions = [
@@ -105,7 +105,7 @@ class PushList:
             ]  # fmt: skip
             self._revisions.append(revision)
             self._write()
-        self._let_go()
+            self._let_go()
 
     def has_result(self, updates: int) -> bool:
         """Whether the run's result after so many updates is on the list."""
@@ -127,7 +127,7 @@ class PushList:
             else:
                 self._revisions.append(revision)
             self._write()
-        self._let_go()
+            self._let_go()
 
     def mark_sent(self, revision: Revision, commit: str) -> None:
         """Take down that a revision is on the Hub; its files are let go."""
@@ -142,7 +142,7 @@ class PushList:
             oldest = waiting[0]
             self._revisions = [r for r in self._revisions if r.commit or r.name != oldest.name]
             self._write()
-        self._let_go()
+            self._let_go()
         return oldest
 
     def place_of(self, revision: Revision) -> Path:

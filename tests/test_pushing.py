@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from loopback_hub import READ, USER, WRITE, Fault, LoopbackHub
 from safetensors.torch import load
 
 from pipeline import hub_client, pretrain, publish, pushing
+from pipeline import push_list as push_list_room
 from pipeline.push_list import PLACE, PushList, Revision
 from pipeline.recipe import InputError
 
@@ -365,6 +367,23 @@ def test_a_file_that_training_removes_is_held_and_takes_no_other_place(push_list
     assert held.stat().st_ino == source.stat().st_ino
     source.unlink()
     assert held.read_bytes() == b"weights"
+
+
+def test_a_revision_that_is_being_held_is_not_removed_by_one_that_is_sent(push_list, monkeypatch):
+    first, linked = _hold(push_list, "checkpoint-1"), []
+
+    def slowly(source, target):
+        sender = threading.Thread(target=push_list.mark_sent, args=(first, "abc"))
+        sender.start()
+        sender.join(0.1)
+        linked.append(sender)
+        shutil.copyfile(source, target)
+
+    monkeypatch.setattr(push_list_room, "_link", slowly)
+    second = _hold(push_list, "checkpoint-2", content=Path(__file__))
+    linked[0].join()
+    assert push_list.place_of(second).is_dir() and not push_list.place_of(first).exists()
+    assert push_list.waiting == [second]
 
 
 def test_without_hard_links_files_are_copied(push_list, tmp_path, monkeypatch):
