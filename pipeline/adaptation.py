@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import cached_file
 
 from pipeline.pretrained import ADAPTER_CONFIG
+from pipeline.reach import see_hub
 from pipeline.recipe import InputError, read_recipe
 from pipeline.sections import ModelSection
 
@@ -136,6 +137,7 @@ def is_adapter(name: str) -> bool:
     folder = Path(name)
     if folder.exists():
         return (folder / ADAPTER_CONFIG).exists() and not (folder / WEIGHTS).exists()
+    see_hub()
     try:
         return _file(name, ADAPTER_CONFIG) is not None
     except OSError:  # no name of the Hub's: whoever loads it says so

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow.parquet
 
 from pipeline import completions, text_files
+from pipeline.reach import see_hub
 from pipeline.recipe import InputError, not_loaded
 from pipeline.sections import SourceSection
 from pipeline.text_files import COMPRESSED, named_errors, not_utf8, opened, text_windows
@@ -104,6 +105,8 @@ def load_hub(source: SourceSection, *, streaming: bool = False) -> Any:
     Raises:
         InputError: it cannot be found or reached, or it has no such column.
     """
+    if not Path(source.dataset).exists():
+        see_hub()
     import datasets  # not before: it takes seconds, and workers rarely need it
 
     try:
@@ -128,6 +131,7 @@ def commit_of(source: SourceSection) -> str | None:
         return source.dataset_revision
     import huggingface_hub
 
+    see_hub()
     try:
         api = huggingface_hub.HfApi()
         return api.dataset_info(source.dataset, revision=source.dataset_revision).sha

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from pipeline.known_fields import LibraryField, model_config_fields, training_fields
+from pipeline.reach import see_hub
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
     CleaningSection,
@@ -76,6 +77,8 @@ def check_local(name: str, kind: str, file: str) -> None:
         path.is_absolute() or name.startswith(".") or path.parent != Path() and path.parent.is_dir()
     ):
         raise InputError(f"{name}: no such folder; looked in {Path.cwd()}")
+    else:
+        see_hub()
 
 
 class Recipe(Section):

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact
+from pipeline.adaptation import is_adapter
 from pipeline.blocks import Rows
 from pipeline.held_out import held_out_ids, held_out_texts
 from pipeline.marks import decoded
@@ -46,7 +47,8 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
         InputError: a text, model or task cannot be had, or options contradict each other.
     """
     for name in options.model:
-        check_local(name, "model", "config.json")
+        if not is_adapter(name):
+            check_local(name, "model", "config.json")
     processes.told(lambda: check_tasks(options.tasks), patiently=True)
     settings = {name: getattr(options, name) for name in PASSED_ON}
     joined = options.joined

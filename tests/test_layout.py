@@ -22,6 +22,7 @@ WITHOUT_TORCH = (
     "prompts",
     "known_fields",
     "lr_schedule",
+    "reach",
     "hub",
     "publication",
     "space",

@@ -42,7 +42,7 @@ precision: fp32
 tokenizer: {{vocab_size: 384}}
 data: {{files: {text}, block_size: 32}}
 model: {{config: {{n_layer: 2, n_head: 2, n_embd: 32}}}}
-hub: {{timeout_seconds: 6, attempts: 2}}
+hub: {{timeout_seconds: 6}}
 training:
   max_steps: 20
   learning_rate: 1e-3
