@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, packing
 from pipeline.corpus import SPLITS
+from pipeline.data_sections import DataSection
 from pipeline.encoder import Encoder
 from pipeline.marks import PREDICTED
 from pipeline.packing import mixture
 from pipeline.recipe import InputError
 from pipeline.row_file import RowFile
-from pipeline.sections import DataSection
 from pipeline.stream import Stream
 from pipeline.streaming import Ring
 from pipeline.tokenizer import token_bytes

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import raw_documents, sources, text_files
+from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.file_digests import file_digests
 from pipeline.raw_documents import Shard
 from pipeline.recipe import InputError
-from pipeline.sections import CleaningSection, DataSection, SourceSection
 
 SPLITS = ("train", "validation", "test")
 # Below this many documents, about 5 % of them would be too few to speak for the rest.

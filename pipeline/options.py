@@ -4,13 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.sections import (
-    NOT_OF_EXAMPLES,
-    CardFields,
-    SamplingFields,
-    Section,
-    SourceFields,
-)
+from pipeline.data_sections import NOT_OF_EXAMPLES, SourceFields
+from pipeline.sections import CardFields, SamplingFields, Section
 
 
 class RecipeOptions(Section):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.sections import DataSection
+from pipeline.data_sections import DataSection
 
 # Documents of about this many tokens are placed together: enough that rows fill up (below 0.1 % is
 # left empty at 1,024 tokens a row), few enough to fit in memory.

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from pipeline import artifact, cleaning, locks, marks, packing, sources
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
+from pipeline.data_sections import CleaningSection, DataSection
 from pipeline.encoder import Encoder, choose_encoder
 from pipeline.recipe import InputError
 from pipeline.row_file import RowWriter
 from pipeline.row_tables import check_enough, check_mixture, describe
-from pipeline.sections import CleaningSection, DataSection
 from pipeline.selection import Texts, benchmarks, chunks_of, dtype_of, select, write_names
 from pipeline.stream import Stream
 from pipeline.stream_beginning import GIVEN, prepare_held_out

@@ -12,12 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
+from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.known_fields import LibraryField, model_config_fields, training_fields
 from pipeline.reach import see_hub
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
-    CleaningSection,
-    DataSection,
     EvaluationSection,
     FaultSection,
     GenerationSection,
@@ -26,7 +25,6 @@ from pipeline.sections import (
     OptimizerSection,
     ScheduleSection,
     Section,
-    SourceSection,
     TokenizerSection,
 )
 

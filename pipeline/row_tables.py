@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline import artifact, marks
 from pipeline.corpus import SPLITS
+from pipeline.data_sections import DataSection
 from pipeline.packing import mixture
 from pipeline.recipe import InputError
 from pipeline.row_file import RowFile
-from pipeline.sections import DataSection
 from pipeline.tokenizer import FolderTokenizer
 
 if TYPE_CHECKING:

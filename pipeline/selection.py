@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from pipeline import cleaning, packing, raw_documents, sources, text_files
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
+from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.encoder import Encoder
 from pipeline.marks import bare
 from pipeline.row_tables import COUNTED
-from pipeline.sections import CleaningSection, DataSection, SourceSection
 from pipeline.token_shards import TokenShard
 from pipeline.tokenizer import FolderTokenizer, token_bytes
 

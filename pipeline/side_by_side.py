@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifact
 from pipeline.adaptation import is_adapter
 from pipeline.blocks import Rows
+from pipeline.data_sections import SourceFields, SourceSection
 from pipeline.held_out import held_out_ids, held_out_texts
 from pipeline.marks import decoded
 from pipeline.measuring import loaded, measure_texts
@@ -21,7 +22,6 @@ from pipeline.perplexity import MEASURES
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, check_local, read_recipe
 from pipeline.run_folder import CONFIG
-from pipeline.sections import SourceFields, SourceSection
 from pipeline.sources import documents_of
 from pipeline.tasks import check_tasks, run_tasks
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -16,9 +16,9 @@ from typing import Any
 
 import pyarrow.parquet
 
+from pipeline.data_sections import SourceSection
 from pipeline.raw_documents import Document, Shard, check_column, commit_of, load_hub, read_shard
 from pipeline.recipe import InputError
-from pipeline.sections import SourceSection
 from pipeline.text_files import COMPRESSED, named_errors, safe_windows, suffix_of
 
 STANDARD_LIBRARY = "python:stdlib"

@@ -17,11 +17,11 @@ from conftest import ROOT
 
 from pipeline import prepare_data
 from pipeline.completions import CHAT_TEMPLATE, COLUMNS, Example, example_of
+from pipeline.data_sections import DataSection, SourceSection
 from pipeline.encoder import Encoder
 from pipeline.marks import PREDICTED, ExampleEncoder, bare
 from pipeline.raw_documents import read_shard
 from pipeline.recipe import InputError, read_recipe
-from pipeline.sections import DataSection, SourceSection
 from pipeline.sources import find_files, shards_of
 
 ODD = (
