@@ -28,10 +28,12 @@ def settled(recipe: Recipe) -> Recipe:
     if section.pretrained is None:
         return recipe
     values: dict[str, Any] = {}
-    config = pretrained_config(section)
-    if not Path(section.pretrained).exists() and getattr(config, "_commit_hash", None):
+    pretrained_config(section)
+    if not Path(section.pretrained).exists():
+        # In the cache of the Hub's files a folder is named after its commit.
+        commit = Path(cached_file(section.pretrained, "config.json", revision=section.revision))
         stated = section.model_dump(exclude_unset=True)
-        values["model"] = stated | {"revision": config._commit_hash}
+        values["model"] = stated | {"revision": commit.parent.name}
     if schedule.goes_on and not schedule.past_updates:
         stated = schedule.model_dump(exclude_unset=True)
         values["schedule"] = stated | {"past_updates": updates_behind(section)}
