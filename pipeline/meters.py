@@ -26,6 +26,7 @@ class Meter:
     """What one run makes of its devices: `world_size` of them, each as fast as this one.
 
     Attributes:
+        flops_per_token: of a training step, see `flops_per_token`.
         product_rate: FLOP/s of a large matrix product on this device.
     """
 
@@ -33,14 +34,14 @@ class Meter:
         self, flops_per_token: int, *, precision: str, device: torch.device, world_size: int
     ) -> None:
         """Measure the device."""
-        self._flops_per_token, self._device = flops_per_token, device
+        self.flops_per_token, self._device = flops_per_token, device
         self.product_rate = product_rate(device, precision)
         self._all_devices_rate = self.product_rate * world_size
 
     def read(self, tokens_per_second: float) -> dict[str, float]:
         """Return mfu, the share of the devices' rate that this one is, and peak_memory_bytes."""
         return {
-            "mfu": tokens_per_second * self._flops_per_token / self._all_devices_rate,
+            "mfu": tokens_per_second * self.flops_per_token / self._all_devices_rate,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
 

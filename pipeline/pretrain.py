@@ -17,19 +17,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PretrainOptions, doc=__doc__)
 
     # Not before: torch takes seconds, and --help or a misspelt key should not.
-    from pipeline import preflight, pushing, report, run_folder
+    from pipeline import preflight, report, run_folder
     from pipeline.arguments import training_arguments
     from pipeline.model import build_model, check_model
     from pipeline.pretrained import settled
     from pipeline.processes import Processes
+    from pipeline.pushing import Pusher
     from pipeline.run_data import obtain_run_data
     from pipeline.trainer import PretrainingTrainer
 
     recipe, arguments = training_arguments(settled(recipe))
     check_model(recipe.model, block_size=recipe.data.block_size)
     processes = Processes(arguments)
-    opened = run_folder.opened(recipe, options, processes)
-    with pushing.opened(recipe, processes) as pusher, opened as run:
+    pusher = Pusher(recipe, processes)
+    with pusher, run_folder.opened(recipe, options, processes, pusher.finish) as run:
         if not run.finished:
             recipe = preflight.passed(recipe, processes, pusher)
             data = obtain_run_data(recipe, arguments)

@@ -39,8 +39,10 @@ class Publication(NamedTuple):
     options: PublishOptions
     run: Path | None = None
     """The folder of the run that it is of, if any."""
-    before: tuple[tuple[Revision, "Publication"], ...] = ()
+    before: tuple["Publication", ...] = ()
     """What is sent first: what the run should have sent, and could not."""
+    waits_as: Revision | None = None
+    """What it is on the run's list, if it is there."""
 
 
 def prepared(options: PublishOptions, *, is_fresh: bool = False) -> Publication:
@@ -84,7 +86,7 @@ def listing(made: Publication) -> str:
         if path.name not in (*made.files, IDENTITY, LIST, PLACE)
     )
     return "\n".join([
-        *(f"first, what the run could not send: {one.said}" for one, _ in made.before),
+        *(f"first, what the run could not send: {one.waits_as.said}" for one in made.before),
         f"{made.folder} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
         *(f"{size:>15,}  {name}" for name, size in sizes.items()),
         f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files",
@@ -109,23 +111,24 @@ def sent(made: Publication) -> tuple[Publication, str]:
         return made, _pushed(made)
     if made.identity is None:
         made = made._replace(identity=run_identity(made.run))
-    with locks.locked(made.run, "--run") if made.before else contextlib.nullcontext():
+    with (
+        locks.locked(made.run, "--run")
+        if made.waits_as or made.before
+        else contextlib.nullcontext()
+    ):
         access = hub.access(
             made.repo_id, identity=made.identity, private=made.is_private, revision=made.revision,
             overwrite=made.options.force,
         )  # fmt: skip
         push_list = PushList(made.run) if made.run is not None else None
-        for revision, one in made.before:
+        for one in [*made.before, made]:
             commit = _pushed(one)
-            push_list.mark_sent(revision, commit)
-        if made.before and made == made.before[-1][1]:
-            return made, commit
-        commit = _pushed(made)
-        if push_list is not None and push_list.repo_id == made.repo_id:
-            if made.options.checkpoint is None:
-                push_list.add_sent(
-                    Revision(RESULT, made.revision, made.updates, made.title, commit)
-                )
+            if one.waits_as is not None:
+                push_list.mark_sent(one.waits_as, commit)
+        is_theirs = push_list is not None and push_list.repo_id == made.repo_id
+        if is_theirs and made.waits_as is None and made.options.checkpoint is None:
+            result = Revision(RESULT, made.revision, made.updates, made.title, commit)
+            push_list.add_sent(result)
     return made._replace(is_private=access.is_private), commit
 
 
@@ -193,11 +196,16 @@ def _with_waiting(folder: Path, options: PublishOptions) -> Publication:
     )
     before = []
     for revision in push_list.waiting:
+        place = push_list.place_of(revision)
+        if not (place / IDENTITY).is_file():  # a person has removed it
+            continue
         own = options.model_copy(update={"revision": revision.branch, "title": revision.title})
-        made = _as_it_is(push_list.place_of(revision), own)._replace(run=folder)
-        before.append((revision, made))
+        before.append(_as_it_is(place, own)._replace(run=folder, waits_as=revision))
     if (read_status(folder) or {}).get("state") != "finished":  # it goes on another time
-        return before[-1][1]._replace(before=tuple(before))
+        if not before:
+            return _of_run(folder, options)
+        return before[-1]._replace(before=tuple(before[:-1]))
+    before = [one for one in before if one.waits_as.name != RESULT]  # it is made anew
     branch = push_list.result_branch or "main"
     made = _of_run(folder, options.model_copy(update={"revision": branch}))
     return made._replace(before=tuple(before))

@@ -1,60 +1,60 @@
 """Pushing to the Hub while a run trains, so that no failure there ever costs it anything.
 
-A thread of the main process has one revision after the other sent, in the order in which they
-were saved, each by a process of its own (`publish.py`): one that hangs is ended, and tried again.
-What is not on the Hub when the run ends is said, with the command that sends it.
+A thread of the main process has one revision after the other sent, in the order in which they were
+saved. What is not on the Hub when the run ends is said, with the command that sends it.
 """
 
-import contextlib
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from pipeline import hub, interruption, publication
-from pipeline.checkpoint import step_of
+from pipeline import artifact, hub, interruption, publication
+from pipeline.checkpoint import checkpoints, step_of
 from pipeline.options import PublishOptions
 from pipeline.processes import Processes
 from pipeline.push_list import LAST, RESULT, STRATEGIES, PushList, Revision
+from pipeline.push_process import Failure, PushProcess
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.run_folder import METRICS
 from pipeline.run_identity import IDENTITY, identity_file, run_identity
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS_OF_A_PROCESS = "3"  # starting one costs a second
+ATTEMPTS_OF_A_PROCESS = 3  # while training; at the end every one counts
 LONGEST_PAUSE = 60.0
-# A launcher's, by which the process that sends would take itself for another one that trains.
-NOT_PASSED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-
-
-class _Failure(NamedTuple):
-    sentence: str
-    retry_after: float | None = None
 
 
 class Pusher:
-    """Sends what one run saves; without `training.push_to_hub` it does nothing."""
+    """Sends what one run saves, until its block ends; without `training.push_to_hub` nothing."""
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         """Take them; nothing is read or asked yet."""
-        training = recipe.training
-        self._section, self._processes = recipe.hub, processes
-        self._folder = recipe.output_dir
-        self._branch = training.get("hub_revision") or "main"
-        self._strategy = training.get("hub_strategy", STRATEGIES[1])
-        self._is_on = bool(training.get("push_to_hub")) and processes.is_main
+        self._training, self._section = recipe.training, recipe.hub
+        self._processes, self._folder = processes, recipe.output_dir
+        self._branch = recipe.training.get("hub_revision") or "main"
+        self._strategy = recipe.training.get("hub_strategy", STRATEGIES[1])
+        self._is_on = bool(recipe.training.get("push_to_hub")) and processes.is_main
         self._list: PushList | None = None
+        self._process = PushProcess()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._child: subprocess.Popen[str] | None = None
         self._is_ending = self._is_stopped = False
+
+    def __enter__(self) -> "Pusher":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End at once; what waits goes on waiting, on disk."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        self._process.stop()
+        if self._thread is not None:
+            self._thread.join()
+        if kind is not None and self.said:
+            logger.info("%s", self.said.rstrip())
 
     def checked(self, recipe: Recipe) -> Recipe:
         """See that the Hub can be written to, and return the recipe with the repository's name.
@@ -65,8 +65,7 @@ class Pusher:
             InputError: no token or one that may not write there, a repository that is another
                 model's, or no answer.
         """
-        training = recipe.training
-        if not training.get("push_to_hub"):
+        if not recipe.training.get("push_to_hub"):
             return recipe
         if recipe.model.lora_r is not None and Path(recipe.model.pretrained).exists():
             raise InputError(
@@ -74,9 +73,8 @@ class Pusher:
                 "of no use to others; push that model first and take its name on the Hub, or "
                 "train without pushing and publish both in one (convert_weights.py)"
             )
-
-        repo_id = self._processes.told(lambda: self._asked(training), patiently=True)
-        return recipe.with_values(training={**training, "hub_model_id": repo_id})
+        repo_id = self._processes.told(self._asked, patiently=True)
+        return recipe.with_values(training={**recipe.training, "hub_model_id": repo_id})
 
     def offer(self, checkpoint: Path) -> None:
         """Have a whole checkpoint sent, at some time; its files are held until then."""
@@ -96,36 +94,53 @@ class Pusher:
 
     def make_room(self) -> bool:
         """Let go of the oldest checkpoint that waits, because the disk is full; tell if one did."""
-        lost = self._list.give_up_oldest() if self._list is not None else None
+        lost = None
+        if self._list is not None:
+            try:
+                lost = self._list.give_up_oldest()
+            except OSError:  # the list itself finds no room; files are gone, and may be enough
+                return False
         if lost is not None:
             logger.error(
                 "%s: the disk is full: %s waits no longer, and will not be on the Hub",
-                self._folder, lost.name,
+                self._folder, lost.said,
             )  # fmt: skip
         return lost is not None
 
     @property
     def said(self) -> str:
         """What is on the Hub and what is not, to be added to the run's summary."""
-        return f"\n{self._list.said()}\n" if self._list is not None else ""
+        said = self._list.said() if self._list is not None else ""
+        return f"\n{said}\n" if said else ""
 
     def finish(self) -> None:
-        """Send the result of a finished run, and all that still waits."""
+        """Send the result of a finished run, and all that still waits.
+
+        Raises:
+            InputError: the run had finished before without being pushed, and cannot be.
+        """
         if not self._is_on:
             return
-        if self._list is None:  # the run had finished before
-            self._list = PushList(self._folder)
-            if self._list.repo_id is None:
-                return
         interruption.grant(float("inf"), lambda why: None)  # the run itself is safe
-        metrics = json.loads((self._folder / METRICS).read_text(encoding="utf-8"))
-        if not self._list.has_result(metrics["updates"]):
-            self._hold(None, self._branch)
+        if self._list is None:  # the run had finished before
+            kept, wanted = PushList(self._folder), self._training.get("hub_model_id")
+            is_known = kept.repo_id is not None and wanted in (
+                None, kept.repo_id, kept.repo_id.partition("/")[2]
+            )  # fmt: skip
+            if is_known:
+                self._list = kept
+            else:
+                self._asked()
+        try:
+            metrics = json.loads((self._folder / METRICS).read_text(encoding="utf-8"))
+            if not self._list.has(RESULT, metrics["updates"]):
+                self._hold(None, self._branch)
+        except Exception as error:  # the run is whole
+            logger.error("the result is not pushed: %s", first_line(error))
         if not self._list.waiting:
             return
-        logger.info(
-            "sending to the Hub: %s", ", ".join(revision.said for revision in self._list.waiting)
-        )
+        waiting = ", ".join(revision.said for revision in self._list.waiting)
+        logger.info("sending to the Hub: %s", waiting)
         with self._changed:
             self._is_ending = True
             self._changed.notify()
@@ -133,20 +148,9 @@ class Pusher:
         while self._thread.is_alive():
             self._thread.join(0.2)  # so that a signal is heeded in between
 
-    def stop(self) -> None:
-        """End at once; what waits goes on waiting, on disk."""
-        with self._changed:
-            self._is_stopped = True
-            self._changed.notify()
-        child = self._child
-        if child is not None:
-            with contextlib.suppress(OSError):
-                child.kill()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _asked(self, training: dict[str, Any]) -> str:
+    def _asked(self) -> str:
         """Ask the Hub, in the main process, and begin to send what waits."""
+        training = self._training
         self._list = found = PushList(self._folder)
         name = training.get("hub_model_id") or self._folder.resolve().name
         repo_id = found.repo_id
@@ -158,6 +162,9 @@ class Pusher:
                 private=training.get("hub_private_repo") is not False,
                 overwrite=self._section.overwrite,
             )  # fmt: skip
+            found.name_place(repo_id, is_private=access.is_private)
+        except OSError as error:
+            raise InputError(f"{self._folder}: cannot be written: {error.strerror}") from None
         except InputError as error:
             if found.repo_id is None or repo_id != found.repo_id:
                 raise
@@ -165,8 +172,16 @@ class Pusher:
         else:
             whose = "private" if access.is_private else "public"
             logger.info("pushing to %s (%s), as %s", access.url, whose, access.user)
-            found.name_place(repo_id, is_private=access.is_private)
+            if not access.is_private and self._strategy in ("checkpoint", "all_checkpoints"):
+                logger.warning(
+                    "checkpoints that are pushed whole name the folders of the text in their "
+                    "manifest, and the repository is public"
+                )
         self._start()
+        for checkpoint in checkpoints(self._folder):  # saved by a process that was killed, say
+            is_there = found.has(checkpoint.name, step_of(checkpoint))
+            if not is_there and artifact.damage(checkpoint, contents=False) is None:
+                self.offer(checkpoint)
         return repo_id
 
     def _hold(self, checkpoint: str | None, branch: str, *, whole: bool = False) -> None:
@@ -182,99 +197,68 @@ class Pusher:
             self._changed.notify()
 
     def _start(self) -> None:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="pushing", daemon=True)
             self._thread.start()
 
     def _work(self) -> None:
-        failures = attempts_at_the_end = 0
-        told: Revision | None = None
+        """Send what waits, oldest first; what is refused lets the others pass."""
+        failures = failures_at_the_end = 0
+        refused: set[Revision] = set()
+        since = time.monotonic()
         while True:
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._is_stopped or self._is_ending or self._list.waiting
                 )
-                if self._is_stopped or not self._list.waiting:
+                waiting = self._list.waiting
+                left = [revision for revision in waiting if revision not in refused]
+                if self._is_stopped or not waiting or self._is_ending and not left:
                     return
-                revision = self._list.waiting[0]
-            started = time.monotonic()
-            found = self._sent(revision)
+                if not left:
+                    refused.clear()
+                revision = (left or waiting)[0]
+                self._list.in_flight = revision
+            found = self._tried(revision)
             if self._is_stopped:
                 return
-            if isinstance(found, str):
-                logger.info(
-                    "sent to the Hub: %s, in %.0f s", revision.said, time.monotonic() - started
-                )
-                self._list.mark_sent(revision, found)
-                failures = attempts_at_the_end = 0
+            if found is None:
+                failures = failures_at_the_end = 0
+                since = time.monotonic()
                 continue
+            self._list.in_flight = None
             failures += 1
-            attempts_at_the_end += self._is_ending
-            if told is not revision or self._is_ending:
-                told = revision
-                logger.error("not sent to the Hub: %s: %s", revision.said, found.sentence)
-            if attempts_at_the_end >= self._section.attempts:
+            failures_at_the_end += self._is_ending
+            logger.log(
+                logging.ERROR if failures == 1 or self._is_ending else logging.DEBUG,
+                "not sent to the Hub: %s: %s", revision.said, found.sentence,
+            )  # fmt: skip
+            if found.is_refused:
+                refused.add(revision)
+            is_hopeless = time.monotonic() - since > self._section.timeout_seconds
+            if failures_at_the_end >= self._section.attempts or self._is_ending and is_hopeless:
                 return
-            pause = min(found.retry_after or 2.0 ** (failures - 1), LONGEST_PAUSE)
+            pause = found.retry_after or 2.0 ** min(failures - 1, 6)
             with self._changed:
-                self._changed.wait_for(lambda: self._is_stopped, pause)
+                self._changed.wait_for(lambda: self._is_stopped, min(pause, LONGEST_PAUSE))
 
-    def _sent(self, revision: Revision) -> str | _Failure:
-        """Send one revision; return its commit, or what went wrong."""
-        command = [
-            sys.executable, "-m", "pipeline.publish", "--run", str(self._list.place_of(revision)),
-            "--repo_id", self._list.repo_id, "--revision", revision.branch,
-            "--title", revision.title, "--attempts", ATTEMPTS_OF_A_PROCESS, "--prepared",
-            *["--force"] * self._section.overwrite,
-        ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
-        limit = self._section.timeout_seconds
+    def _tried(self, revision: Revision) -> Failure | None:
+        """Send a revision and take it down; return what went wrong, None if nothing did."""
+        place, started = self._list.place_of(revision), time.monotonic()
         try:
-            with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                text=True, env=environment, start_new_session=True,
-            ) as child:  # fmt: skip
-                self._child = child
-                try:
-                    with contextlib.suppress(OSError, AttributeError):  # training comes first
-                        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
-                    out, errors = child.communicate(timeout=limit)
-                except subprocess.TimeoutExpired:
-                    return _Failure(f"it took longer than hub.timeout_seconds ({limit:g})")
-                finally:
-                    self._child = None
-                    child.kill()
-        except OSError as error:
-            return _Failure(f"no process could be started: {error.strerror}")
-        return _outcome(child.returncode, out, errors, revision.branch)
-
-
-@contextlib.contextmanager
-def opened(recipe: Recipe, processes: Processes) -> Iterator[Pusher]:
-    """Yield what sends a run's checkpoints; after the block, in which it has finished, the result.
-
-    If the block raises, nothing is waited for.
-    """
-    pusher = Pusher(recipe, processes)
-    try:
-        yield pusher
-        pusher.finish()
-    except BaseException:
-        pusher.stop()
-        if pusher.said:
-            logger.info("%s", pusher.said.rstrip())
-        raise
-    pusher.stop()
-
-
-def _outcome(code: int, out: str, errors: str, branch: str) -> str | _Failure:
-    lines = out.splitlines()
-    if code == 0:
-        for line in reversed(lines):
-            if line.startswith(f"{branch}: "):
-                return line.removeprefix(f"{branch}: ")
-    asked = [line.partition(": ")[2] for line in lines if line.startswith("retry_after: ")]
-    said = (errors.strip().splitlines() or [f"the process that sends it ended with code {code}"])[
-        -1
-    ]
-    return _Failure(said.removeprefix("error: "), float(asked[-1]) if asked else None)
+            if not (place / IDENTITY).is_file():  # a person has removed it
+                self._list.leave_out(revision)
+                logger.error("%s: its files are gone, and it will not be on the Hub", revision.said)
+                return None
+            found = self._process.send(
+                place, repo_id=self._list.repo_id, branch=revision.branch, title=revision.title,
+                attempts=1 if self._is_ending else ATTEMPTS_OF_A_PROCESS,
+                force=self._section.overwrite, seconds=self._section.timeout_seconds,
+            )  # fmt: skip
+            if isinstance(found, Failure):
+                return found
+            logger.info("sent to the Hub: %s, in %.0f s", revision.said, time.monotonic() - started)
+            self._list.mark_sent(revision, found)
+        except OSError as error:  # a full disk: the list cannot be written
+            return Failure(f"{error.filename or self._folder}: {error.strerror}")
+        return None

@@ -157,7 +157,9 @@ def check_allowed(found: list[Change], allow: Collection[str], known: Collection
     """
     names = sorted(change.key for change in found if change.kind == "refused")
     for name in allow:
-        if not any(_is_named(key, name) for key in {*names, *known}):
+        section, _, field = name.partition(".")
+        is_a_librarys = section == "training" and field in training_fields()
+        if not is_a_librarys and not any(_is_named(key, name) for key in {*names, *known}):
             raise InputError(
                 f"--allow_change {name}: there is no such field; "
                 + (f"what is refused: {', '.join(names)}" if names else "leave it out")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline import artifact, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
+from pipeline.hub_checkpoint import PLACE as FETCHED
 from pipeline.hub_checkpoint import PREFIX, fetched
 from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
@@ -65,8 +66,15 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> Iterator[Run]:
+def opened(
+    recipe: Recipe,
+    options: PretrainOptions,
+    processes: Processes,
+    afterwards: Callable[[], None] = lambda: None,
+) -> Iterator[Run]:
     """Yield the recipe's run folder, claimed; keep its status file true until the block ends.
+
+    When the run has finished, and the folder is still held, `afterwards` is called.
 
     Until `begin` is called, an earlier run that `--overwrite` replaces is only set aside, and
     comes back if the block fails. Only the main process writes.
@@ -93,6 +101,7 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         state = processes.told(claim)
         if state == "finished":
             yield Run(True, lambda _: None, lambda: None, lambda _: None)
+            afterwards()
             return
         if is_main and options.overwrite:
             _move(_ours(folder), aside)
@@ -126,11 +135,15 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         # Verified while libraries are imported, rows opened and the model made.
         resume = "never" if options.overwrite else options.resume
         finder = stack.enter_context(ThreadPoolExecutor(1))
-        find = fetched if resume.startswith(PREFIX) else lambda name, place: chosen(place, name)
-        found = finder.submit(find, resume, folder) if is_main else None
+        is_fetched = resume.startswith(PREFIX)
+        looks = is_main and not is_fetched
+        found = finder.submit(chosen, folder, resume) if looks else None
         try:
+            if is_fetched:  # before anybody gives the folder a name on the Hub
+                path = processes.told(lambda: fetched(resume, folder), patiently=True)
             yield Run(
-                False, begin, lambda: found.result(), lambda why: write("failed", why=why)
+                False, begin, lambda: path if is_fetched else found.result(),
+                lambda why: write("failed", why=why),
             )  # fmt: skip
         except BaseException as error:
             with interruption.deferred():
@@ -154,6 +167,8 @@ def opened(recipe: Recipe, options: PretrainOptions, processes: Processes) -> It
         if is_main:
             with interruption.deferred():
                 write("finished")
+            shutil.rmtree(folder / FETCHED, ignore_errors=True)
+        afterwards()
 
 
 def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str | None:
@@ -262,7 +277,10 @@ def _claim(recipe: Recipe, options: PretrainOptions) -> str:
 def _ours(folder: Path) -> list[Path]:
     """Return what a run of ours wrote: its status, results, whole artifacts, TensorBoard's logs."""
     parts = [folder / "tokenizer", folder / "blocks", *checkpoints(folder)]
-    found = [folder / name for name in (*RESULTS, "runs", "_ring", PLACE, "_digests-blocks.json")]
+    found = [
+        folder / name
+        for name in (*RESULTS, "runs", "_ring", PLACE, FETCHED, "_digests-blocks.json")
+    ]
     found += [part for part in parts if artifact.read_manifest(part) is not None]
     return [path for path in found if path.exists()]
 

@@ -57,8 +57,10 @@ class RunRecord(NamedTuple):
 
     @property
     def flops(self) -> int | None:
-        """Floating-point operations of all updates: 6N + 12LCT for each token."""
+        """Floating-point operations of all updates: what the run counted, or 6N + 12LCT a token."""
         have, config = self.metrics, self.model_config
+        if {"flops_per_token", "train_tokens"} <= set(have):
+            return have["flops_per_token"] * have["train_tokens"]
         if not {"parameters", "block_size", "train_tokens"} <= set(have) or "n_embd" not in config:
             return None
         per_token = flops_per_token(

@@ -162,6 +162,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             "compile_seconds": self._spent["compile_seconds"],
             **meters,
             "product_rate_flops": self._meter.product_rate,
+            "flops_per_token": self._meter.flops_per_token,
             "data_wait_fraction": self._spent["data_wait_fraction"],
             "logging_fraction": self._spent["logging_fraction"],
             "evaluation_seconds": self._spent["evaluation_seconds"],

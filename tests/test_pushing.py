@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from loopback_hub import READ, USER, WRITE, Fault, LoopbackHub
 from safetensors.torch import load
 
-from pipeline import hub_client, pretrain, publish, pushing
+from pipeline import hub_client, pretrain, publish, push_process, pushing
 from pipeline import push_list as push_list_room
 from pipeline.push_list import PLACE, PushList, Revision
 from pipeline.recipe import InputError
@@ -117,8 +117,8 @@ def test_a_run_goes_on_from_the_hub_as_if_it_had_not_stopped(
     _see(server, monkeypatch, tmp_path / "home", token=SECRET)
     folder = tmp_path / "elsewhere"
     _train(smoke_recipe, folder, "--resume", f"hub:{NAME}@step-000000010")
-    assert f"fetching hub:{NAME}@step-000000010" in caplog.text
-    assert f"resuming from {folder / 'checkpoint-10'}" in caplog.text
+    assert f"fetching {NAME}@step-000000010" in caplog.text
+    assert f"resuming from {folder / '_fetched' / 'checkpoint-10'}" in caplog.text
     assert _weights(folder) == _weights(finished_run)
     # It has the name under which the Hub knows the run: it may be pushed there again.
     server.repository(NAME)
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_arrives_damaged_is_not_gone_on_from(
     server.put(f"{USER}/damaged", there)
     with pytest.raises(InputError, match="arrived damaged: .*optimizer.pt differs"):
         _train(smoke_recipe, tmp_path / "run", "--resume", f"hub:{USER}/damaged")
-    assert not list((tmp_path / "run").glob("*checkpoint*"))
+    assert not list((tmp_path / "run").rglob("*checkpoint*"))
 
 
 # -- before it begins -----------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_faults_cost_a_run_nothing_and_the_printed_command_sends_the_rest(
     server, smoke_recipe, finished_run, tmp_path, monkeypatch, capsys, caplog
 ):
     caplog.set_level("INFO", logger="pipeline")
-    monkeypatch.setattr(pushing, "ATTEMPTS_OF_A_PROCESS", "1")
+    monkeypatch.setattr(pushing, "ATTEMPTS_OF_A_PROCESS", 1)
 
     def begin(*given, made=pushing.Pusher._start):
         server.faults = [Fault("", "hang")]
@@ -269,6 +269,7 @@ def test_faults_cost_a_run_nothing_and_the_printed_command_sends_the_rest(
     more = ["--hub.branches", "true", "--hub.timeout_seconds", "3", "--hub.attempts", "2"]
     _train(smoke_recipe, folder, *PUSH, *more)
     server.random_faults(0, 0)
+    server.faults = []
     server.release()
     assert _weights(folder) == _weights(finished_run)
     assert "it took longer than hub.timeout_seconds (3)" in caplog.text
@@ -304,7 +305,7 @@ def test_a_run_that_is_stopped_waits_for_no_push_and_the_next_one_sends_it(
     with forked() as starter:
         pid = starter.start(pretraining([*argv, "--training.max_steps", "5000"], _see_again), log)
         end = time.monotonic() + 60
-        while not (folder / "checkpoint-20").exists():
+        while not list((folder / PLACE).glob("checkpoint-20@main.*/pipeline_run.json")):
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.02)
         started = time.monotonic()
@@ -312,7 +313,7 @@ def test_a_run_that_is_stopped_waits_for_no_push_and_the_next_one_sends_it(
         assert starter.code(pid) == (-signal.SIGKILL if how == "killed" else 75), log.read_text()
         assert time.monotonic() - started < 10
     held = {place.name for place in (folder / PLACE).iterdir()}
-    assert {"checkpoint-4@main", "checkpoint-20@main"} <= held
+    assert {"checkpoint-4@main", "checkpoint-20@main"} <= {name.partition(".")[0] for name in held}
     assert not (folder / "checkpoint-4").exists()
     if how == "terminated":
         assert "not on the Hub: checkpoint-4 (main), checkpoint-8 (main)" in log.read_text()
@@ -329,6 +330,138 @@ def _see_again():
     """A forked process reads the environment anew."""
     constants.ENDPOINT = os.environ["HF_ENDPOINT"]
     constants.HF_HUB_OFFLINE = False
+
+
+def test_a_run_of_the_hub_may_be_pushed_there_again_and_goes_on_from_its_own(
+    pushed, smoke_recipe, tmp_path, monkeypatch, caplog
+):
+    """Also when it is requeued with the same words."""
+    server, _, _ = pushed
+    caplog.set_level("INFO", logger="pipeline")
+    _see(server, monkeypatch, tmp_path / "home", token=SECRET)
+    folder, more = tmp_path / "run", ["--resume", f"hub:{NAME}@step-000000010", *PUSH]
+    _train(smoke_recipe, folder, *more, "--training.hub_revision", "again", "--training.max_steps",
+           "12", "--allow_change", "training.max_steps")  # fmt: skip
+    assert server.titles(NAME, "again")[-1] == "The result after 12 updates"
+    assert not (folder / "_fetched").exists()
+    caplog.clear()
+    _train(smoke_recipe, folder, *more, "--training.hub_revision", "again", "--training.max_steps",
+           "14", "--allow_change", "training.max_steps")  # fmt: skip
+    assert "has checkpoints of its own: nothing is fetched" in caplog.text
+    assert f"resuming from {folder / 'checkpoint-12'}" in caplog.text
+
+
+def test_a_refused_checkpoint_of_the_hub_leaves_the_folder_as_it_was(
+    pushed, smoke_recipe, tmp_path, monkeypatch
+):
+    server, _, _ = pushed
+    _see(server, monkeypatch, tmp_path / "home", token=SECRET)
+    more = ["--resume", f"hub:{NAME}@step-000000010", "--training.seed", "5"]
+    with pytest.raises(InputError, match="is a checkpoint of another run: training.seed"):
+        _train(smoke_recipe, tmp_path / "run", *more)
+    _train(smoke_recipe, tmp_path / "run", "--training.max_steps", "2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"facts": {"step": "1/../../escaped"}},
+        {"facts": {"step": True}},
+        {"facts": {}},
+        {"files": {"../model.safetensors": {"size": 1, "sha256": ""}}},
+        {"files": {"trainer_state.json": {}}},
+        {"made_from": {"recipe": "x"}},
+        [],
+        b"{",
+        b"\xff",
+    ],
+)
+def test_a_stranger_s_manifest_is_not_trusted(pushed, smoke_recipe, tmp_path, monkeypatch, change):
+    server, _, _ = pushed
+    _see(server, monkeypatch, tmp_path / "home", token=SECRET)
+    there = server.files(NAME, "step-000000010")
+    manifest = json.loads(there["manifest.json"])
+    if isinstance(change, dict):
+        change = manifest | change
+    there["manifest.json"] = change if isinstance(change, bytes) else json.dumps(change).encode()
+    server.put(f"{USER}/strange", there)
+    with pytest.raises(InputError, match="its manifest.json is not that of a checkpoint of ours"):
+        _train(smoke_recipe, tmp_path / "run", "--resume", f"hub:{USER}/strange")
+    assert not (tmp_path / "escaped").exists() and not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_what_cannot_be_sent_lets_the_others_pass(
+    server, smoke_recipe, tmp_path, monkeypatch, capsys, caplog
+):
+    """Its files were removed by hand, or the Hub refuses it."""
+    hold = PushList.hold
+
+    def broken(self, revision, files):
+        hold(self, revision, files)
+        if revision.branch == "step-000000010":
+            shutil.rmtree(self.place_of(revision))
+
+    monkeypatch.setattr(PushList, "hold", broken)
+    server.faults = [Fault("POST .*/commit/step-000000020", 403, times=9)]
+    folder = tmp_path / "run"
+    _train(smoke_recipe, folder, *PUSH, "--hub.branches", "true")
+    out = capsys.readouterr().out
+    assert "checkpoint-10 (step-000000010): its files are gone, and it will not be" in caplog.text
+    assert "not on the Hub: checkpoint-20 (step-000000020)\n" in out
+    assert server.titles(NAME)[-1] == "The result after 20 updates"
+    server.faults = []
+    assert publish.main(["--run", str(folder)]) == 0
+    assert server.titles(NAME, "step-000000020")[-1] == "After 20 updates"
+
+
+def test_a_run_that_had_finished_is_pushed_when_it_is_asked_for(
+    server, smoke_recipe, run_copy, capsys
+):
+    for name in ("run", "renamed"):
+        _train(
+            smoke_recipe, run_copy, "--training.push_to_hub", "true",
+            "--training.hub_model_id", f"{USER}/{name}",
+        )  # fmt: skip
+        assert server.titles(f"{USER}/{name}")[-1] == "The result after 20 updates"
+        assert f"on the Hub, {USER}/{name}: checkpoint-10 (main)" in capsys.readouterr().out
+
+
+def test_checkpoints_that_were_never_offered_are_sent_by_the_next_start(
+    server, smoke_recipe, tmp_path, monkeypatch
+):
+    """Its process was killed between the two."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pushing.Pusher, "offer", lambda *_: None)
+        _train(smoke_recipe, folder, *PUSH, "--training.max_steps", "10")
+    assert server.titles(NAME)[1:] == ["The result after 10 updates"]
+    _train(smoke_recipe, folder, *PUSH, "--hub.branches", "true")
+    assert server.titles(NAME, "step-000000010")[-1].startswith("After 10")
+
+
+def test_the_printed_command_sends_what_a_stopped_run_could_not(
+    server, smoke_recipe, tmp_path, monkeypatch, capsys
+):
+    server.faults = [Fault("POST .*/commit/", "drop", times=99)]
+    folder = tmp_path / "run"
+
+    def stop(*_):
+        raise RuntimeError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.trainer.PretrainingTrainer.save_result", stop)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            _train(smoke_recipe, folder, *PUSH)
+    assert len(PushList(folder).waiting) == 2
+    server.faults = []
+    assert publish.main(["--run", str(folder)]) == 0
+    assert server.titles(NAME)[1:] == ["After 10 of 20 updates", "After 20 updates"]
+    assert not PushList(folder).waiting and len(PushList(folder).sent) == 2
+    with pytest.raises(InputError, match="the run is not finished"):
+        publish.main(["--run", str(folder)])
+    _train(smoke_recipe, folder, *PUSH)
+    assert server.titles(NAME)[-1] == "The result after 20 updates"
+    assert len(server.titles(NAME)) == 4
 
 
 # -- the list -------------------------------------------------------------------------------------
@@ -353,7 +486,7 @@ def test_what_waits_is_known_to_whoever_comes_next(push_list, tmp_path):
     assert again.waiting == [first, second] and again.repo_id == "user/model"
     again.mark_sent(again.waiting[0], "abc")
     assert [r.name for r in PushList(tmp_path).waiting] == ["checkpoint-2"]
-    assert [p.name for p in (tmp_path / PLACE).iterdir()] == ["checkpoint-2@main"]
+    assert list((tmp_path / PLACE).iterdir()) == [push_list.place_of(second)]
     assert PushList(tmp_path).said() == (
         "on the Hub, user/model: checkpoint-1 (main)\nnot on the Hub: checkpoint-2 (main)\n"
         f"Send them: python pipeline/publish.py --run {tmp_path}"
@@ -403,7 +536,7 @@ def test_of_the_branch_of_the_newest_only_the_newest_waits(push_list):
         _hold(push_list, f"checkpoint-{number}", "last-checkpoint")
         _hold(push_list, f"checkpoint-{number}", "main")
     assert [r.said for r in push_list.waiting] == [
-        "checkpoint-1 (main)", "checkpoint-2 (main)", "checkpoint-3 (last-checkpoint)",
+        "checkpoint-3 (last-checkpoint)", "checkpoint-1 (main)", "checkpoint-2 (main)",
         "checkpoint-3 (main)",
     ]  # fmt: skip
 
@@ -412,7 +545,8 @@ def test_a_full_disk_lets_the_oldest_go_but_never_the_only_one(push_list, tmp_pa
     for number in (1, 2):
         _hold(push_list, f"checkpoint-{number}")
         _hold(push_list, f"checkpoint-{number}", f"step-{number}")
-    assert push_list.give_up_oldest().name == "checkpoint-1"
+    assert push_list.give_up_oldest().said == "checkpoint-1 (main)"
+    assert push_list.give_up_oldest().said == "checkpoint-1 (step-1)"
     assert {r.name for r in push_list.waiting} == {"checkpoint-2"}
     assert push_list.give_up_oldest() is None
     assert len(list((tmp_path / PLACE).iterdir())) == 2
@@ -423,23 +557,53 @@ def test_what_was_sent_elsewhere_does_not_count(push_list):
     waits = _hold(push_list, "checkpoint-2")
     push_list.name_place("user/other", is_private=False)
     assert push_list.sent == [] and push_list.waiting == [waits]
-    assert not push_list.has_result(1)
+    assert not push_list.has("checkpoint-1", 1) and push_list.has("checkpoint-2", 1)
 
 
-def test_a_list_of_another_version_is_begun_anew(push_list, tmp_path):
+def test_a_list_that_cannot_be_read_is_set_aside_with_its_files(push_list, tmp_path, caplog):
+    held = push_list.place_of(_hold(push_list, "checkpoint-1")).name
     (tmp_path / "hub_status.json").write_text('{"repo_id": 3}')
     assert PushList(tmp_path).repo_id is None and not PushList(tmp_path).waiting
+    assert (tmp_path / "_hub.damaged-1" / held / "model.safetensors").exists()
+    assert "hub_status.json cannot be read, and is now hub_status.json.damaged-1" in caplog.text
+
+
+def test_what_is_being_sent_stays_whatever_comes_after_it(push_list):
+    """The newest of a branch, the same checkpoint after a rollback, a full disk."""
+    newest = _hold(push_list, "checkpoint-1", "last-checkpoint")
+    push_list.in_flight = newest
+    _hold(push_list, "checkpoint-2", "last-checkpoint")
+    assert push_list.place_of(newest).is_dir()
+    push_list.mark_sent(newest, "abc")
+    old = push_list.in_flight = push_list.waiting[0]
+    again = _hold(push_list, "checkpoint-2", "last-checkpoint")
+    assert push_list.place_of(old).is_dir() and push_list.place_of(again).is_dir()
+    assert push_list.give_up_oldest() is None
+    push_list.mark_sent(old, "def")
+    assert push_list.waiting == [again] and push_list.place_of(again).is_dir()
+
+
+def test_what_is_given_up_makes_room_before_the_list_is_written(push_list, monkeypatch):
+    old = [_hold(push_list, f"checkpoint-{number}") for number in (1, 2)][0]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.artifact.write_whole", full)
+    with pytest.raises(OSError):
+        push_list.give_up_oldest()
+    assert not push_list.place_of(old).exists()
 
 
 @pytest.mark.parametrize(
     "code, out, errors, expected",
     [
         (0, "x\nmain: abc\n", "", "abc"),
-        (75, "retry_after: 7\n", "error: no luck; later\n", ("no luck; later", 7.0)),
-        (2, "", "error: refused\n", ("refused", None)),
-        (-9, "", "", ("the process that sends it ended with code -9", None)),
-        (0, "nothing", "", ("the process that sends it ended with code 0", None)),
+        (75, "retry_after: 7\n", "error: no luck; later\n", ("no luck; later", 7.0, False)),
+        (2, "", "error: refused\n", ("refused", None, True)),
+        (-9, "", "", ("the process that sends it ended with code -9", None, False)),
+        (0, "nothing", "", ("the process that sends it ended with code 0", None, False)),
     ],
 )
 def test_how_a_push_ended(code, out, errors, expected):
-    assert pushing._outcome(code, out, errors, "main") == expected
+    assert push_process.outcome(code, out, errors, "main") == expected

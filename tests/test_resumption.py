@@ -110,7 +110,7 @@ APPLIED_TRAINING = {
 HARMLESS_TRAINING = {
     "output_dir", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm",
     "report_to", "run_name", "project", "save_strategy", "save_steps", "save_total_limit",
-    "ddp_timeout", "skip_memory_metrics",
+    "ddp_timeout", "skip_memory_metrics", "push_to_hub",
 }  # fmt: skip
 
 
@@ -194,6 +194,7 @@ def test_allowing_what_is_no_field_is_most_likely_misspelt(name):
     found = [change("training.seed"), change("schedule.floor"), change("data.files")]
     resumption.check_allowed(found, ["training.seed", "data", "training"])
     resumption.check_allowed(found, ["cleaning.shortest"], ["cleaning.shortest"])
+    resumption.check_allowed(found, ["training.learning_rate"])  # which no recipe need state
     with pytest.raises(InputError) as caught:
         resumption.check_allowed(found, ["data", name])
     assert str(caught.value) == (
