@@ -122,7 +122,8 @@ def _words(argv: Sequence[str], options: type[Section]) -> dict[str, Any]:
                 raise InputError(f"--{key} is given twice")
             given[key] = [value] if equals else []
         elif key is None:
-            raise InputError(f"{word!r} stands alone; options are written --section.field value")
+            form = "--section.field value" if issubclass(options, RecipeOptions) else "--name value"
+            raise InputError(f"{word!r} stands alone; options are written {form}")
         else:
             given[key].append(word)
     if "help" in given:

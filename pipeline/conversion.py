@@ -19,6 +19,7 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.weights import Kind, Weights, open_weights
 
 GPT2_VOCABULARY = 50_257  # GPT-2's entries; the last is <|endoftext|>
+LARGEST_PADDING = 128  # tables of embeddings are filled up to a multiple of 64 or of this
 PADDED_VOCABULARY = 50_304  # nanoGPT's default: those, up to a multiple of 64
 
 
@@ -149,6 +150,12 @@ def _translated(
         rows, end_of_text = len(tokenizer), tokenizer.eos_token_id
     elif had in (GPT2_VOCABULARY, PADDED_VOCABULARY):
         rows, end_of_text = GPT2_VOCABULARY, GPT2_VOCABULARY - 1
+    if had - rows >= LARGEST_PADDING:
+        raise InputError(
+            f"--tokenizer has {rows:,} entries, and the embedding {had:,} rows: that is more than "
+            f"filling up to a multiple of {LARGEST_PADDING}, so it is not the model's; give the "
+            "tokenizer that it was trained with"
+        )
     if rows < had:
         whose = "GPT-2's" if tokenizer is None else "the tokenizer's"
         notes.append(

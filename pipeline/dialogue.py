@@ -19,6 +19,7 @@ HELP = f"""A line is a prompt, and the model goes on; Ctrl-C stops it, Ctrl-D en
           each followed by a value, as in /temperature 0.7; the seed rises by one with each text
 /new      forget the conversation
 /help     this, and the settings as they are
+/quit     the end
 //        begins a prompt that begins with /
 """
 
@@ -109,6 +110,8 @@ class Dialogue:
 
     def _obey(self, name: str, value: str) -> None:
         options = self._options
+        if name in ("quit", "exit"):
+            raise EOFError
         if name == "help":
             now = ", ".join(f"{name} {getattr(options, name)}" for name in SETTINGS[:-1])
             self._notes.write(f"{HELP}Now: {now}\n")

@@ -12,6 +12,18 @@ from pipeline.known_fields import LibraryField, model_config_fields, training_fi
 from pipeline.recipe import Recipe
 from pipeline.sections import Section
 
+# What pretrain.py makes of these fields instead of Trainer.
+PUSHED_OUR_WAY = {
+    "push_to_hub": "Push checkpoints and result while the run trains. (default: False)",
+    "hub_model_id": "USER/NAME (default: the run folder's name, under the token's user)",
+    "hub_strategy": "end, every_save, checkpoint (also the newest whole, on the branch "
+    "last-checkpoint), all_checkpoints (each whole, on its branch). (default: every_save)",
+    "hub_private_repo": "Whether only its owner may read the repository. (default: True)",
+    "hub_token": "Refused: it comes from HF_TOKEN or a login.",
+    "hub_always_push": "Refused: every checkpoint is pushed, one after the other.",
+    "hub_revision": "Branch that is pushed to. (default: main)",
+}
+
 
 def help_text(
     doc: str, options: type[Section], *, has_recipe: bool = False, about: str = ""
@@ -61,7 +73,8 @@ def _field_lines(model: type[BaseModel], prefix: str) -> list[str]:
 def _library_help(section: str, class_name: str, fields: dict[str, LibraryField]) -> str:
     lines = [f"{section}: the fields of the installed transformers.{class_name}"]
     for name, field in fields.items():
-        text = f"{field.help} (default: {field.default})".strip()
+        said = f"{field.help} (default: {field.default})".strip()
+        text = PUSHED_OUR_WAY.get(name, said) if section == "training" else said
         lines += _paragraph(f"--{section}.{name} {_kind(field.annotation)}", text)
     return "\n".join(lines)
 

@@ -1,15 +1,18 @@
 """A checkpoint that was pushed whole, fetched back: `--resume hub:USER/NAME@step-000001000`."""
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
+from huggingface_hub.errors import RevisionNotFoundError
+
 from pipeline import artifact
 from pipeline.checkpoint import STATE, newest_whole
 from pipeline.hub import check_name, is_sent
-from pipeline.hub_client import Temporary, reader, repeated
+from pipeline.hub_client import Permanent, Temporary, reader, repeated
 from pipeline.recipe import InputError
 from pipeline.run_identity import IDENTITY, kept_identity
 
@@ -48,14 +51,16 @@ def fetched(resume: str, run_folder: Path) -> Path:
 
 
 def _fetch(repo_id: str, revision: str, run_folder: Path) -> Path:
-    client = reader()
-    info = client.repo_info(repo_id, revision=revision)
-    there = {sibling.rfilename for sibling in info.siblings}
+    client, there = reader(), set()
+    with contextlib.suppress(RevisionNotFoundError):
+        info = client.repo_info(repo_id, revision=revision)
+        there = {sibling.rfilename for sibling in info.siblings}
     if not {artifact.MANIFEST, STATE} <= there:
-        branches = [branch.name for branch in client.list_repo_refs(repo_id).branches]
-        raise InputError(
-            "holds no checkpoint that was pushed whole (training.hub_strategy checkpoint and "
-            f"all_checkpoints push such); branches there: {', '.join(branches)}"
+        branches = sorted(branch.name for branch in client.list_repo_refs(repo_id).branches)
+        raise Permanent(
+            f"the branch {revision} holds no checkpoint that was pushed whole "
+            "(training.hub_strategy checkpoint and all_checkpoints push such); branches there: "
+            f"{', '.join(branches)}"
         )
     staging = run_folder / f"{artifact.STAGING}fetched"
     shutil.rmtree(staging, ignore_errors=True)
@@ -66,10 +71,10 @@ def _fetch(repo_id: str, revision: str, run_folder: Path) -> Path:
         folder = run_folder / PLACE / f"checkpoint-{manifest['facts']['step']}"
         if artifact.read_manifest(folder) != manifest or artifact.damage(folder):
             size = sum(file["size"] for file in manifest["files"].values())
-            logger.info("fetching %s@%s (%.2f GB)", repo_id, revision, size / 1e9)
+            logger.info("fetching %s@%s (%.1f MB)", repo_id, revision, size / 1e6)
             client.snapshot_download(repo_id, allow_patterns=list(manifest["files"]), **place)
             if wrong := artifact.damage(staging):
-                raise InputError(f"arrived damaged: {wrong}; try again")
+                raise Permanent(f"arrived damaged: {wrong}; try again")
             shutil.rmtree(staging / ".cache", ignore_errors=True)
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.parent.mkdir()
@@ -89,5 +94,5 @@ def _checked(folder: Path) -> dict:
     is_one = type(step) is int and step >= 0 and STATE in names
     is_one = is_one and isinstance(manifest["made_from"].get("recipe"), dict)
     if not is_one or not all(re.fullmatch(r"[\w.-]+", n) and is_sent(n, whole=True) for n in names):
-        raise InputError(f"its {artifact.MANIFEST} is not that of a checkpoint of ours")
+        raise Permanent(f"its {artifact.MANIFEST} is not that of a checkpoint of ours")
     return manifest

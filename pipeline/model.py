@@ -1,9 +1,11 @@
 """A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
 
 import functools
+import inspect
 import logging
 import math
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,10 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in str(record.msg)
 )
+
+
+# What transformers calls the cache of keys and values: another name since 5.24.
+CACHE = min({"cache", "past_key_values"} & set(inspect.signature(create_causal_mask).parameters))
 
 
 def check_model(section: ModelSection, *, block_size: int) -> None:
@@ -187,8 +193,8 @@ def check_documents_are_apart(model: GPT2LMHeadModel) -> None:
         config=model.config,
         inputs_embeds=torch.zeros(1, 4, model.config.hidden_size),
         attention_mask=None,
-        past_key_values=None,
         position_ids=torch.tensor([[0, 1, 0, 1]]),
+        **{CACHE: None},
     )
     if isinstance(mask, torch.Tensor):
         # Boolean masks say what is seen, others what is added to the scores.
@@ -257,6 +263,8 @@ def load_model(name: str) -> PreTrainedModel:
     Raises:
         InputError: there is none, or it is an adapter and peft is not installed.
     """
+    if not Path(name).exists():
+        check_local(name, "model", "config.json")
     if adaptation.is_adapter(name):
         model = merged_model(open_weights(name))
         model.config.attend_across = adaptation.attends_across(name)

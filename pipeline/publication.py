@@ -14,7 +14,7 @@ from pipeline.options import PublishOptions
 from pipeline.published_card import published_card, quoted, snippet, stated_license
 from pipeline.push_list import LIST, PLACE, RESULT, PushList, Revision
 from pipeline.recipe import InputError
-from pipeline.run_identity import IDENTITY, kept_identity, run_identity
+from pipeline.run_identity import IDENTITY, identity_file, kept_identity, run_identity
 
 CARD, CONFIG, METRICS, STATUS = "README.md", "config.yaml", "metrics.json", "run_status.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -78,7 +78,9 @@ def prepared(options: PublishOptions, *, is_fresh: bool = False) -> Publication:
 
 def listing(made: Publication) -> str:
     """Say what is sent where, file by file, and what stays."""
-    sizes = {name: _size(content) for name, content in sorted(made.files.items())}
+    identity = {IDENTITY: identity_file(made.identity or "0" * 32)}  # as long as any
+    files = made.files | identity
+    sizes = {name: _size(content) for name, content in sorted(files.items())}
     whose = "private" if made.is_private else "public"
     stays = sorted(
         f"{path.name}/" if path.is_dir() else path.name
@@ -90,6 +92,8 @@ def listing(made: Publication) -> str:
         f"{made.folder} -> {hub.page(made.repo_id)} ({whose}, branch {made.revision})",
         *(f"{size:>15,}  {name}" for name, size in sizes.items()),
         f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files",
+        *([f"and the page to try it: {hub.page(f'{made.repo_id}-demo', 'space')}"]
+          if made.options.space else []),
         *([f"stays here: {', '.join(stays)}"] if stays else []),
         *_hints(made),
     ])  # fmt: skip
@@ -176,7 +180,13 @@ def sent_space(made: Publication) -> str:
     place = {"identity": identity, "overwrite": made.options.force, "repo_type": "space"}
     hub.access(repo_id, private=made.is_private, **place)
     hub.push(files, repo_id, title=f"A page for {made.repo_id}", **place)
-    return hub.page(repo_id, "space")
+    page = hub.page(repo_id, "space")
+    if not made.is_private:
+        return f"the page to try it: {page}"
+    return (
+        f"the page to try it: {page} (the model is private: it works when {page}/settings has a "
+        "secret HF_TOKEN that may read it)"
+    )
 
 
 def _with_waiting(folder: Path, options: PublishOptions) -> Publication:
@@ -324,6 +334,7 @@ def _with_card(made: Publication, text: str) -> Publication:
 
 def _checkpoint(folder: Path, name: str, is_fresh: bool) -> Path:
     """Return a whole checkpoint of the run."""
+    name = f"checkpoint-{name}" if name.isdigit() else name
     found = Path(name) if Path(name).is_dir() and "/" in name else folder / name
     if step_of(found) is None or not found.is_dir():
         have = ", ".join(path.name for path in checkpoints(folder)) or "it has none"

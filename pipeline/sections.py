@@ -122,11 +122,14 @@ class ModelSection(Section):
             raise ValueError(
                 "give exactly one of model.config and model.pretrained (null takes one back)"
             )
-        lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+        lora, stated = ("lora_alpha", "lora_dropout", "lora_target_modules"), self.model_fields_set
         for name, field in type(self).model_fields.items():
             if name in ("config", "pretrained", "attn_implementation"):
                 continue
-            if getattr(self, name) == field.get_default(call_default_factory=True):
+            is_default = getattr(self, name) == field.get_default(call_default_factory=True)
+            if name in lora and name in stated and "lora_r" not in stated:
+                is_default = False  # whoever states it wants an adapter
+            if is_default:
                 continue
             if self.pretrained is None:
                 raise ValueError(f"model.{name} has a meaning with model.pretrained only")

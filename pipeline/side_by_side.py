@@ -47,7 +47,7 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
         InputError: a text, model or task cannot be had, or options contradict each other.
     """
     for name in options.model:
-        if not is_adapter(name):
+        if not (Path(name).exists() and is_adapter(name)):
             check_local(name, "model", "config.json")
     processes.told(lambda: check_tasks(options.tasks), patiently=True)
     settings = {name: getattr(options, name) for name in PASSED_ON}
@@ -74,7 +74,8 @@ def compare(options: MeasureOptions, processes: Processes) -> dict[str, Any]:
             )  # fmt: skip
             numbers = measured.numbers()
             found["text"] = text.identity() | {"joined": how["joined"]}
-            numbers["attend_across"] = getattr(model.config, "attend_across", True)
+            if text.format == "text":  # of examples the same tokens are scored in any case
+                numbers["attend_across"] = getattr(model.config, "attend_across", True)
         numbers["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
         if options.tasks:
             run = functools.partial(

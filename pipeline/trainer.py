@@ -283,9 +283,20 @@ class PretrainingTrainer(EvaluatingTrainer):
             f"each evaluation: {self.eval_dataset.scored_tokens:,} held-out tokens"
             + "".join(f", {rows.scored_tokens:,} of {name}" for name, rows in self._texts.items())
             + f" = {read / self.recipe.tokens_per_update / 3:.1f} updates' worth of products",
+            *self._going_on(),
             f"machine: {device_name(arguments.device)}, {torch.get_num_threads()} threads, "
             f"{self.recipe.precision}, {'' if arguments.torch_compile else 'not '}compiled"
             + (" (the first update takes longer)" if arguments.torch_compile else ""),
+        ]
+
+    def _going_on(self) -> list[str]:
+        section = self.recipe.schedule
+        if not section.goes_on:
+            return []
+        rate = schedule(section, max_steps=self._horizon)(0) * self.args.learning_rate
+        return [
+            f"schedule: goes on after {section.past_updates:,} updates of "
+            f"{self.recipe.model.pretrained}, at a rate of {rate:.3g}"
         ]
 
     def _join_callbacks(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -75,9 +75,12 @@ def open_weights(name: str) -> Weights:
         raise InputError(f"{name}: no such file; looked in {Path.cwd()}")
     check_local(name, "model", "config.json")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(name, allow_patterns=list(HUB_FILES))
+    except LocalEntryNotFoundError:  # the library speaks of a variable that nobody has set
+        raise not_loaded(name, "model", OSError("it was never fetched before")) from None
     except Exception as error:  # network, name
         raise not_loaded(name, "model", error) from None
     try:

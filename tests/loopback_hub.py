@@ -170,6 +170,7 @@ class LoopbackHub:
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", self.url)  # its functions'
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

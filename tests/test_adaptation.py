@@ -318,6 +318,7 @@ def test_a_model_that_does_not_say_how_far_it_came_needs_past_updates(recipe_fro
         ({"tokenizer.added_tokens": "a"}, "added_tokens: 'a' is an entry of .*base already"),
         ({"tokenizer.added_tokens": '["b c", "b c"]'}, "an entry is empty or stands there twice"),
         ({"model.lora_alpha": "8"}, "model.lora_alpha has a meaning with model.lora_r only"),
+        ({"model.lora_alpha": "16"}, "model.lora_alpha has a meaning with model.lora_r only"),
         (
             {"model.lora_r": "2", "model.frozen_blocks": "1"},
             "frozen_blocks: with model.lora_r",

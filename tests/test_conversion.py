@@ -108,6 +108,13 @@ def test_rows_beyond_the_tokenizers_entries_are_cut_off_and_that_is_said(
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4 * (384 * 32 + 27_000)
 
 
+def test_a_tokenizer_that_cannot_be_the_models_is_refused(tmp_path, tokenizer_folder):
+    source = saved(LinearGPT(vocab_size=512), tmp_path)
+    with pytest.raises(InputError, match="384 entries, and the embedding 512 rows: .*not the mode"):
+        converted(source, tmp_path / "out", "--tokenizer", tokenizer_folder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_tokenizer_only_gpt2s_padded_vocabulary_is_cut(tmp_path, capsys):
     for vocabulary, kept, end in ((448, 448, None), (50_304, 50_257, 50_256)):
         original = LinearGPT(vocab_size=vocabulary)

@@ -110,7 +110,7 @@ def test_a_dry_run_shows_all_and_contacts_nobody(server, run, capsys):
     assert re.search(r"^ +800  model.safetensors$", said, re.MULTILINE)
     total, count = re.search(r"([\d,]+)  bytes in (\d+) files", said).groups()
     sizes = re.findall(r"^ +([\d,]+)  \S+$", said, re.MULTILINE)
-    assert len(sizes) == int(count) == 11
+    assert len(sizes) == int(count) == 12
     assert sum(int(s.replace(",", "")) for s in sizes) == int(total.replace(",", ""))
     assert "no license is stated" in said and "## Results on held-out text" in said
     assert said.endswith("nothing was sent (--dry_run)\n") and not server.log
@@ -258,7 +258,12 @@ def test_a_page_to_try_the_model_is_made_beside_it(server, run, monkeypatch, cap
         "app.py", "README.md", "pipeline_run.json",
     }  # fmt: skip
     said = capsys.readouterr().out.splitlines()
-    assert said[-2] == f"{server.url}/spaces/{NAME}-demo" and said[-1].startswith("main: ")
+    page = f"{server.url}/spaces/{NAME}-demo"
+    assert said[-2] == (
+        f"the page to try it: {page} (the model is private: it works when {page}/settings has a "
+        "secret HF_TOKEN that may read it)"
+    )
+    assert said[-1].startswith("main: ")
     server.put(f"{USER}/second-demo", {"app.py": b"a stranger's"}, kind="spaces", private=True)
     with pytest.raises(InputError, match="second-demo: holds another space"):
         published(run, "--space", name=f"{USER}/second")

@@ -130,7 +130,7 @@ def test_a_run_goes_on_from_the_hub_as_if_it_had_not_stopped(
     "name, sentence",
     [
         ("main", "holds no checkpoint that was pushed whole .*branches there: main, step-0000000"),
-        ("step-99", "answers 404"),
+        ("step-99", "the branch step-99 holds no checkpoint .*branches there: main, step-0000000"),
         ("a..b", "no name of a branch"),
     ],
 )
