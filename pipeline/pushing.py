@@ -239,8 +239,13 @@ class Pusher:
             if failures_at_the_end >= self._section.attempts or self._is_ending and is_hopeless:
                 return
             pause = found.retry_after or 2.0 ** min(failures - 1, 6)
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_stopped, min(pause, LONGEST_PAUSE))
+            ended = self._is_ending
+            with self._changed:  # the end of the run is awaited by a person
+                wake = (lambda: self._is_stopped) if ended else self._is_near_its_end
+                self._changed.wait_for(wake, min(pause, LONGEST_PAUSE))
+
+    def _is_near_its_end(self) -> bool:
+        return self._is_stopped or self._is_ending
 
     def _tried(self, revision: Revision) -> Failure | None:
         """Send a revision and take it down; return what went wrong, None if nothing did."""

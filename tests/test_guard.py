@@ -370,6 +370,7 @@ def test_a_run_killed_after_it_went_back_ends_as_one_that_was_not(smoke_recipe, 
     assert_ended_the_same(straight, again)
 
 
+@pytest.mark.slow
 def test_more_bad_updates_than_rollbacks_end_the_run(smoke_recipe, tmp_path):
     overrides = TWO | {"faults__rollbacks": 1}
     trainer = made(smoke_recipe, tmp_path, **overrides)
@@ -405,6 +406,7 @@ def test_before_the_first_checkpoint_there_is_no_way_back(smoke_recipe, tmp_path
     assert steps_on_disk(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_weights_that_stay_wrong_use_up_the_rollbacks(smoke_recipe, tmp_path):
     trainer = made(smoke_recipe, tmp_path, **TWO)
     trainer.add_callback(Before(5, lambda: break_weights(trainer)))
@@ -413,6 +415,7 @@ def test_weights_that_stay_wrong_use_up_the_rollbacks(smoke_recipe, tmp_path):
     assert steps_on_disk(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_not_the_one_to_go_back_to(smoke_recipe, tmp_path):
     trainer = made(smoke_recipe, tmp_path, **TWO)
     poison(trainer, row_of(trainer, 8, 5))

@@ -228,7 +228,7 @@ MOMENTS = {
 }
 
 
-QUICK = (in_training, in_evaluation)
+QUICK = (in_training,)
 
 
 @pytest.mark.parametrize(

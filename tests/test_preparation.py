@@ -215,6 +215,7 @@ def test_whole_documents_go_to_the_split_of_their_hash(tmp_path, tokenizer, corp
             assert held_out_stream(splits[split])[: len(stream)] == stream
 
 
+@pytest.mark.slow
 def test_twenty_thousand_lines_are_all_there_once_and_in_order(tmp_path, tokenizer, monkeypatch):
     """In many shards, each encoded in many calls."""
     monkeypatch.setattr(sources, "SHARD_BYTES", (1 << 15, 1 << 15))

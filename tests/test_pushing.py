@@ -332,6 +332,7 @@ def _see_again():
     constants.HF_HUB_OFFLINE = False
 
 
+@pytest.mark.slow
 def test_a_run_of_the_hub_may_be_pushed_there_again_and_goes_on_from_its_own(
     pushed, smoke_recipe, tmp_path, monkeypatch, caplog
 ):
@@ -390,6 +391,7 @@ def test_a_stranger_s_manifest_is_not_trusted(pushed, smoke_recipe, tmp_path, mo
     assert not (tmp_path / "escaped").exists() and not list(tmp_path.rglob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sent_lets_the_others_pass(
     server, smoke_recipe, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -414,6 +416,7 @@ def test_what_cannot_be_sent_lets_the_others_pass(
     assert server.titles(NAME, "step-000000020")[-1] == "After 20 updates"
 
 
+@pytest.mark.slow
 def test_a_run_that_had_finished_is_pushed_when_it_is_asked_for(
     server, smoke_recipe, run_copy, capsys
 ):
@@ -426,6 +429,7 @@ def test_a_run_that_had_finished_is_pushed_when_it_is_asked_for(
         assert f"on the Hub, {USER}/{name}: checkpoint-10 (main)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoints_that_were_never_offered_are_sent_by_the_next_start(
     server, smoke_recipe, tmp_path, monkeypatch
 ):

@@ -264,10 +264,7 @@ EXACT = {
     "compiled": (COMPILED, [8]),
     "compiled and accumulated": ({**COMPILED, "training__per_device_train_batch_size": 8}, [8]),
 }  # fmt: skip
-QUICK = (
-    "a logged window begins before the checkpoint", "accumulated", "at an epoch's end",
-    "saved by steps, the rest by epoch", "stopped early", "muon",
-)  # fmt: skip
+QUICK = ("a logged window begins before the checkpoint", "accumulated", "at an epoch's end", "muon")
 
 
 def marks(case):
@@ -315,6 +312,7 @@ def test_how_often_is_evaluated_changes_no_weight_of_a_resumed_run(smoke_recipe,
         assert same(straight.model.state_dict(), again.model.state_dict())
 
 
+@pytest.mark.slow
 def test_what_is_harmless_changes_no_weight(smoke_recipe, tmp_path):
     straight = trained(made(smoke_recipe, tmp_path / "straight", **BASE))
     folder = cut_back(tmp_path / "straight", tmp_path / "run", 4)

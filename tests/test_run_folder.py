@@ -172,6 +172,7 @@ def test_an_unfinished_run_goes_on(run_copy):
     assert claim(saved(run_copy)) == "unfinished"
 
 
+@pytest.mark.slow
 def test_two_at_once_in_one_folder(smoke_recipe, tmp_path):
     """The second is refused while the first lives, however early it is in its work."""
     code = (

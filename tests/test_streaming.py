@@ -466,6 +466,7 @@ def at_most(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_the_ring_gives_shuffled_segments_and_stays_small(tmp_path, make, varied, tokenizer):
     """Thousands of rows pass through a handful of files; then nothing but bookmarks is left."""
     stream, folder = make(varied), tmp_path / "ring"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 CODE = """
 import sys, time
 from pipeline import watchdog
@@ -35,6 +37,7 @@ def test_what_hangs_is_ended_with_its_stack_and_last_words(tmp_path):
     assert "in the start" in (tmp_path / "why").read_text()
 
 
+@pytest.mark.slow
 def test_what_goes_on_or_may_take_long_is_left_alone(tmp_path):
     beats = "[(time.sleep(0.1), dog.beat('update')) for _ in range(10)]"
     process = started(tmp_path, f"{beats}\n    with dog.paused(): time.sleep(1)")
@@ -42,6 +45,7 @@ def test_what_goes_on_or_may_take_long_is_left_alone(tmp_path):
     assert process.returncode == 0 and said == "in\nout\n", wrong
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_goes_on(tmp_path):
     beats = "[(time.sleep(0.05), dog.beat('update')) for _ in range(20)]"
     process = started(tmp_path, beats)
