@@ -35,14 +35,18 @@ class Meter:
     ) -> None:
         """Measure the device."""
         self.flops_per_token, self._device = flops_per_token, device
+        self._peak_memory_bytes = 0
         self.product_rate = product_rate(device, precision)
         self._all_devices_rate = self.product_rate * world_size
 
     def read(self, tokens_per_second: float) -> dict[str, float]:
         """Return mfu, the share of the devices' rate that this one is, and peak_memory_bytes."""
+        # Linux counts pages by core and adds up now and then: its peak can come out a page lower.
+        peak = max(self._peak_memory_bytes, peak_memory_bytes(self._device))
+        self._peak_memory_bytes = peak
         return {
             "mfu": tokens_per_second * self.flops_per_token / self._all_devices_rate,
-            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "peak_memory_bytes": peak,
         }
 
 
