@@ -140,7 +140,8 @@ class PublishOptions(CardFields):
     """Options of publish.py; license and language are those of the card if they are not given."""
 
     run: str
-    """Folder of a finished run, or of any model with its tokenizer."""
+    """Folder of a finished run, or of any model with its tokenizer; what a run should have pushed
+    while it trained and could not is sent first."""
     repo_id: str | None = None
     """USER/NAME on the Hub (default: training.hub_model_id of the run's recipe)."""
     private: bool | None = None

@@ -322,4 +322,5 @@ class HubSection(CardFields):
     timeout_seconds: float = Field(3600.0, gt=0)
     """A push that takes longer is given up, and tried again."""
     attempts: int = Field(5, ge=1)
-    """Times that a push is tried; what is still missing then is sent by publish.py."""
+    """Times that pushes may fail in a row when the run has ended (until then they are tried again
+    and again); what is still missing then is sent by publish.py."""
