@@ -12,6 +12,7 @@ from conftest import ROOT
 FILES = sorted((ROOT / "pipeline").glob("*.py"))
 DOORS = [f for f in FILES if "\nif __name__ ==" in f.read_text()]
 ROOMS = [f for f in FILES if f not in DOORS and f.stem != "__init__"]
+TAKEN = set(sys.stdlib_module_names) | set(packages_distributions()) - {"pipeline"}
 WITHOUT_TORCH = (
     "recipe",
     "sections",
@@ -48,8 +49,7 @@ def test_there_are_rooms_and_doors():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_no_file_hides_a_library(path):
     """Run by path, `pipeline/` is first on sys.path: evaluate.py there would be `evaluate`."""
-    taken = set(sys.stdlib_module_names) | set(packages_distributions()) - {"pipeline"}
-    assert path.stem not in taken
+    assert path.stem not in TAKEN
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
