@@ -205,7 +205,7 @@ class Pusher:
         """Send what waits, oldest first; what is refused lets the others pass."""
         failures = failures_at_the_end = 0
         refused: set[Revision] = set()
-        since = time.monotonic()
+        since: float | None = None  # of the first failure at the end
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -224,19 +224,23 @@ class Pusher:
                 return
             if found is None:
                 failures = failures_at_the_end = 0
-                since = time.monotonic()
+                since = None
                 continue
             self._list.in_flight = None
             failures += 1
-            failures_at_the_end += self._is_ending
+            if self._is_ending:
+                failures_at_the_end += 1
+                since = since or time.monotonic()
             logger.log(
                 logging.ERROR if failures == 1 or self._is_ending else logging.DEBUG,
                 "not sent to the Hub: %s: %s", revision.said, found.sentence,
             )  # fmt: skip
             if found.is_refused:
                 refused.add(revision)
-            is_hopeless = time.monotonic() - since > self._section.timeout_seconds
-            if failures_at_the_end >= self._section.attempts or self._is_ending and is_hopeless:
+            is_long = since is not None and (
+                time.monotonic() - since > 2 * self._section.timeout_seconds
+            )
+            if failures_at_the_end >= self._section.attempts or is_long:
                 return
             pause = found.retry_after or 2.0 ** min(failures - 1, 6)
             ended = self._is_ending
