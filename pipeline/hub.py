@@ -4,10 +4,11 @@ A push looks at the head of the branch, sends what differs from it and names it 
 writers at once do not mix, and a push whose answer was lost is found done when it is repeated.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,46 +83,33 @@ def check_name(repo_id: str, revision: str = "main") -> None:
         )
 
 
+@contextlib.contextmanager
+def at_the_start() -> Iterator[None]:
+    """Ask the Hub before a run begins, which does not wait for it.
+
+    Raises:
+        InputError: what may work later does not work now.
+    """
+    try:
+        yield
+    except Temporary as error:
+        raise InputError(
+            f"{error}; start again later, or train without it (--training.push_to_hub false) and "
+            "send the result afterwards with publish.py"
+        ) from None
+
+
 def user_name(name: str, seconds: float = 30.0) -> str:
     """Return whose token it is, for a repository that is named without its owner.
 
     Raises:
-        InputError: there is no token, it is refused, or the Hub does not answer.
+        Permanent, Temporary: as `access`.
     """
-    try:
-        return within(
-            seconds, lambda: repeated(lambda: api(name).whoami()["name"], name, attempts=3), name
-        )
-    except Temporary as error:
-        raise _try_later(error) from None
 
+    def ask() -> str:
+        return api(name).whoami()["name"]
 
-def check_access(
-    repo_id: str,
-    *,
-    identity: str,
-    private: bool = True,
-    revision: str = "main",
-    overwrite: bool = False,
-    seconds: float = 30.0,
-) -> Access:
-    """See before a run begins that its model can be sent; the repository is made if need be.
-
-    Args:
-        identity: what `run_identity` says of the run.
-        overwrite: whether another model may be replaced.
-        seconds: after that the Hub counts as out of reach, also if it says nothing at all.
-
-    Raises:
-        InputError: it cannot.
-    """
-    try:
-        return access(
-            repo_id, identity=identity, private=private, revision=revision, overwrite=overwrite,
-            seconds=seconds,
-        )  # fmt: skip
-    except Temporary as error:
-        raise _try_later(error) from None
+    return within(seconds, lambda: repeated(ask, name, attempts=3), name)
 
 
 def access(
@@ -135,6 +123,11 @@ def access(
     seconds: float = 30.0,
 ) -> Access:
     """Make the repository if it is not there, and see that the token may write this model to it.
+
+    Args:
+        identity: what `run_identity` says of the run.
+        overwrite: whether another model may be replaced.
+        seconds: after that the Hub counts as out of reach, also if it says nothing at all.
 
     Raises:
         Permanent: no token, one that is refused or may not write, another model is there.
@@ -225,13 +218,6 @@ def push(
 def page(repo_id: str, repo_type: str = "model") -> str:
     """Return the address of a repository's page."""
     return f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(repo_type, '')}{repo_id}"
-
-
-def _try_later(error: Temporary) -> InputError:
-    return InputError(
-        f"{error}; start again later, or train without it (--training.push_to_hub false) and "
-        "send the result afterwards with publish.py"
-    )
 
 
 def _look(client: HfApi, repo_id: str, revision: str, repo_type: str) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from pipeline.published_card import UNNAMED, snippet
 from pipeline.report_parts import Part, made_from, run_parts, source
-from pipeline.run_folder import PICTURE
+from pipeline.run_files import PICTURE
 from pipeline.run_record import RunRecord, finite
 
 

@@ -10,9 +10,9 @@ from transformers.utils import cached_file
 from pipeline import artifact
 from pipeline.checkpoint import STATE
 from pipeline.recipe import InputError, Recipe, check_local, not_loaded
+from pipeline.run_files import METRICS
 from pipeline.sections import ModelSection
 
-METRICS = "metrics.json"  # as `run_folder` calls it, which knows more than this room may
 ADAPTER_CONFIG = "adapter_config.json"
 
 

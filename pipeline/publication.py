@@ -1,6 +1,5 @@
 """What of a run, a checkpoint or a model's folder is published: files, card, branch and title."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -8,18 +7,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline import artifact, hub, locks
+from pipeline import artifact, hub
 from pipeline.checkpoint import STATE, checkpoints, step_of
 from pipeline.options import PublishOptions
-from pipeline.published_card import published_card, quoted, snippet, stated_license
+from pipeline.published_card import published_card, stated_license
 from pipeline.push_list import LIST, PLACE, RESULT, PushList, Revision
 from pipeline.recipe import InputError
-from pipeline.run_identity import IDENTITY, identity_file, kept_identity, run_identity
+from pipeline.run_files import CARD, CONFIG, METRICS, STATUS, read_status
+from pipeline.run_identity import IDENTITY, identity_file, kept_identity
 
-CARD, CONFIG, METRICS, STATUS = "README.md", "config.yaml", "metrics.json", "run_status.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-# What a prompt is where a model's folder knows none.
-PROMPT = "The "
 
 
 class Publication(NamedTuple):
@@ -104,95 +101,8 @@ def card(made: Publication) -> str:
     return _text(made.files.get(CARD, b""))
 
 
-def sent(made: Publication) -> tuple[Publication, str]:
-    """Send it; return it as it is there, and the commit.
-
-    Raises:
-        hub.Permanent: the Hub refuses it.
-        hub.Temporary: it failed, and the same again may not.
-    """
-    if made.options.prepared:
-        return made, _pushed(made)
-    if made.identity is None:
-        made = made._replace(identity=run_identity(made.run))
-    with (
-        locks.locked(made.run, "--run")
-        if made.waits_as or made.before
-        else contextlib.nullcontext()
-    ):
-        access = hub.access(
-            made.repo_id, identity=made.identity, private=made.is_private, revision=made.revision,
-            overwrite=made.options.force,
-        )  # fmt: skip
-        push_list = PushList(made.run) if made.run is not None else None
-        for one in [*made.before, made]:
-            commit = _pushed(one)
-            if one.waits_as is not None:
-                push_list.mark_sent(one.waits_as, commit)
-        is_theirs = push_list is not None and push_list.repo_id == made.repo_id
-        if is_theirs and made.waits_as is None and made.options.checkpoint is None:
-            result = Revision(RESULT, made.revision, made.updates, made.title, commit)
-            push_list.add_sent(result)
-    return made._replace(is_private=access.is_private), commit
-
-
-def _pushed(made: Publication) -> str:
-    return hub.push(
-        made.files, made.repo_id, identity=made.identity, title=made.title,
-        revision=made.revision, overwrite=made.options.force, attempts=made.options.attempts,
-    )  # fmt: skip
-
-
-def farewell(made: Publication) -> str:
-    """Say where the model is, and how it is loaded from there."""
-    page = hub.page(made.repo_id)
-    code = snippet(quoted(made.repo_id, made.revision), (made.prompts or [PROMPT])[0])
-    if not made.is_private:
-        return f"{page}\n\n{code}"
-    return (
-        f"{page} (private: who loads it needs HF_TOKEN or a login; {page}/settings makes it "
-        f"public)\n\n{code}"
-    )
-
-
-def wish(failure: hub.Temporary) -> str:
-    """Say how long the server asks to wait, for who starts this as a process; often nothing."""
-    return "" if failure.retry_after is None else f"retry_after: {failure.retry_after:g}\n"
-
-
-def sent_space(made: Publication) -> str:
-    """Make the Space on which the model can be tried, and return its address.
-
-    Raises:
-        hub.Permanent, hub.Temporary: as `sent`.
-    """
-    from pipeline.space import space_files
-
-    repo_id, identity = f"{made.repo_id}-demo", made.identity
-    files = space_files(
-        made.repo_id,
-        title=made.repo_id.partition("/")[2],
-        prompts=made.prompts,
-        is_adapter="adapter_config.json" in made.files,
-        is_private=made.is_private,
-        license=stated_license(card(made)) if card(made) else None,
-    )
-    place = {"identity": identity, "overwrite": made.options.force, "repo_type": "space"}
-    hub.access(repo_id, private=made.is_private, **place)
-    hub.push(files, repo_id, title=f"A page for {made.repo_id}", **place)
-    page = hub.page(repo_id, "space")
-    if not made.is_private:
-        return f"the page to try it: {page}"
-    return (
-        f"the page to try it: {page} (the model is private: it works when {page}/settings has a "
-        "secret HF_TOKEN that may read it)"
-    )
-
-
 def _with_waiting(folder: Path, options: PublishOptions) -> Publication:
     """Return what of a run is asked for, after what the run itself could not send."""
-    from pipeline.run_folder import read_status
-
     push_list = PushList(folder)
     is_theirs = options.repo_id in (None, push_list.repo_id) and options.revision is None
     if options.checkpoint is not None or not is_theirs or not push_list.waiting:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_options(argv, PublishOptions, doc=__doc__)
 
     # Not before: these imports take a while, and --help should not.
-    from pipeline import publication
+    from pipeline import publication, publishing
     from pipeline.hub_client import Temporary
 
     made = publication.prepared(options)
@@ -29,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.stdout.flush()
     try:
-        made, commit = publication.sent(made)
-        sys.stdout.write(f"\n{publication.farewell(made)}\n")
+        made, commit = publishing.sent(made)
+        sys.stdout.write(f"\n{publishing.farewell(made)}\n")
         if options.space:
-            sys.stdout.write(f"{publication.sent_space(made)}\n")
+            sys.stdout.write(f"{publishing.sent_space(made)}\n")
     except Temporary as error:
         sys.stderr.write(f"error: {error}; the same command tries it again\n")
-        sys.stdout.write(publication.wish(error))
+        sys.stdout.write(publishing.wish(error))
         return EXIT_CODE
     sys.stdout.write(f"{made.revision}: {commit}\n")
     return 0

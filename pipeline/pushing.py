@@ -17,7 +17,7 @@ from pipeline.processes import Processes
 from pipeline.push_list import LAST, RESULT, STRATEGIES, PushList, Revision
 from pipeline.push_process import Failure, PushProcess
 from pipeline.recipe import InputError, Recipe, first_line
-from pipeline.run_folder import METRICS
+from pipeline.run_files import METRICS
 from pipeline.run_identity import IDENTITY, identity_file, run_identity
 
 logger = logging.getLogger(__name__)
@@ -155,13 +155,14 @@ class Pusher:
         name = training.get("hub_model_id") or self._folder.resolve().name
         repo_id = found.repo_id
         try:
-            if repo_id is None or "hub_model_id" in training and name != repo_id.split("/")[-1]:
-                repo_id = name if "/" in name else f"{hub.user_name(name)}/{name}"
-            access = hub.check_access(
-                repo_id, identity=run_identity(self._folder), revision=self._branch,
-                private=training.get("hub_private_repo") is not False,
-                overwrite=self._section.overwrite,
-            )  # fmt: skip
+            with hub.at_the_start():
+                if repo_id is None or "hub_model_id" in training and name != repo_id.split("/")[-1]:
+                    repo_id = name if "/" in name else f"{hub.user_name(name)}/{name}"
+                access = hub.access(
+                    repo_id, identity=run_identity(self._folder), revision=self._branch,
+                    private=training.get("hub_private_repo") is not False,
+                    overwrite=self._section.overwrite,
+                )  # fmt: skip
             found.name_place(repo_id, is_private=access.is_private)
         except OSError as error:
             raise InputError(f"{self._folder}: cannot be written: {error.strerror}") from None

@@ -12,7 +12,7 @@ from pipeline.model_card import hub_name, model_card
 from pipeline.recipe import Recipe
 from pipeline.report_page import run_page
 from pipeline.report_parts import made_from
-from pipeline.run_folder import HISTORY, METRICS, PAGE, PICTURE
+from pipeline.run_files import HISTORY, METRICS, PAGE, PICTURE
 from pipeline.run_record import read_run
 from pipeline.tasks import sentence
 from pipeline.tokenizer import tokenizer_fingerprint

@@ -13,7 +13,7 @@ from pipeline.curves import figure
 from pipeline.recipe import InputError
 from pipeline.report_parts import headlines, made_from, run_parts, state_sentence
 from pipeline.run_comparison import BEST, comparison_parts, warnings
-from pipeline.run_folder import PAGE
+from pipeline.run_files import PAGE
 from pipeline.run_record import RunRecord, read_run
 
 COMPARISON = "comparison.html"

@@ -22,7 +22,7 @@ from pipeline.clock import Clock
 from pipeline.guard import NonFinite, wrong_rows
 from pipeline.recipe import InputError, RunFailed
 from pipeline.row_order import RowOrder
-from pipeline.run_folder import SAMPLES
+from pipeline.run_files import SAMPLES
 from pipeline.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)

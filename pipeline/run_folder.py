@@ -29,17 +29,21 @@ from pipeline.resumption import (
     refused,
     sentence,
 )
+from pipeline.run_files import (
+    CARD,
+    CONFIG,
+    HISTORY,
+    METRICS,
+    PAGE,
+    PICTURE,
+    SAMPLES,
+    STATUS,
+    read_status,
+)
 from pipeline.run_identity import IDENTITY
 
 logger = logging.getLogger(__name__)
 
-STATUS = "run_status.json"
-CONFIG = "config.yaml"
-METRICS = "metrics.json"
-HISTORY = "history.json"
-PAGE = "report.html"
-PICTURE = "curves.png"
-SAMPLES = "samples.txt"
 
 # A process that was asked to stop writes that down before its connections break, or soon after.
 SECONDS_FOR_A_WORD = 2.0
@@ -48,7 +52,7 @@ SECONDS_FOR_A_WORD = 2.0
 RESULTS = (
     STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
     "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "README.md", SAMPLES, IDENTITY, LIST,
+    "tokenizer_config.json", "chat_template.jinja", CARD, SAMPLES, IDENTITY, LIST,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
 
@@ -190,16 +194,6 @@ def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str
             return f"another process was asked to stop: {status.get('why')}"
         time.sleep(0.05)
     return None
-
-
-def read_status(folder: Path) -> dict[str, Any] | None:
-    """Return the run's status, or None where no run of ours has been."""
-    try:
-        return {"state": "unknown", **json.loads((folder / STATUS).read_text())}
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):  # empty after a loss of power, say
-        return {"state": "unknown"}
 
 
 def _claim(recipe: Recipe, options: PretrainOptions) -> str:

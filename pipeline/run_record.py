@@ -15,7 +15,7 @@ from pipeline.footprint import Footprint, footprint
 from pipeline.gap import Verdict, verdict
 from pipeline.meters import flops_per_token
 from pipeline.recipe import InputError
-from pipeline.run_folder import CONFIG, HISTORY, METRICS, SAMPLES, STATUS, read_status
+from pipeline.run_files import CONFIG, HISTORY, METRICS, SAMPLES, STATUS, read_status
 
 # Keys of a recipe that hold files of the machine: only their names are for others to see.
 FILE_KEYS = ("files", "validation_files", "test_files", "benchmark_files", "texts", "path")

@@ -21,7 +21,7 @@ from pipeline.guard import Guard
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
-from pipeline.run_folder import SAMPLES
+from pipeline.run_files import SAMPLES
 from pipeline.training_state import TrainingState, tensor_bytes
 from pipeline.watchdog import Watchdog
 

@@ -21,7 +21,7 @@ from pipeline.options import MeasureOptions
 from pipeline.perplexity import MEASURES
 from pipeline.processes import Processes
 from pipeline.recipe import InputError, check_local, read_recipe
-from pipeline.run_folder import CONFIG
+from pipeline.run_files import CONFIG
 from pipeline.sources import documents_of
 from pipeline.tasks import check_tasks, run_tasks
 from pipeline.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -40,7 +40,7 @@ from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.results import measured, measured_tasks
-from pipeline.run_folder import SAMPLES
+from pipeline.run_files import SAMPLES
 from pipeline.tasks import as_logs, check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 

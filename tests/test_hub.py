@@ -46,7 +46,8 @@ def push(files=FILES, **more):
 
 
 def check(name=NAME, **more):
-    return hub.check_access(name, **({"identity": "one"} | more))
+    with hub.at_the_start():
+        return hub.access(name, **({"identity": "one"} | more))
 
 
 def test_a_repository_is_made_private_and_filled_in_one_commit(server):

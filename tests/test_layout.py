@@ -26,6 +26,8 @@ WITHOUT_TORCH = (
     "reach",
     "hub",
     "publication",
+    "publishing",
+    "run_files",
     "space",
 )
 
