@@ -9,16 +9,20 @@ that what is above the diagonal is not computed. On two Zen 4 cores that is 1.7 
 as the fused kernel in bf16 at blocks of 64 to 512, 1.1 to 1.3 times at 1,024 (compiled, both
 passes: `tests/benchmarks/attention_kernels.py`), and keeps block_size / 2 probabilities a token.
 
-Neither can keep documents apart (`model` refuses them where that is asked) or leave out padding,
+Neither can keep documents apart (they are refused where that is asked) or leave out padding,
 which our rows do not have: they belong to the model that trains; the saved one opens with sdpa.
 """
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
+
+from pipeline.recipe import InputError
 
 # Queries at a time: fastest, or within a fifteenth of it, at blocks from 512 on. At 128 tokens 64
 # would save up to 4 % of a step of 4 x 192, and be twice the code to compile.
@@ -26,6 +30,8 @@ QUERIES = 128
 # Above, the probabilities kept for the backward pass (12 layers, batch 8 x 1,024: 1.2 GB in bf16)
 # cost more than the time they save.
 LONGEST_BLOCKWISE = 512
+# What transformers calls the cache of keys and values: another name since 5.24.
+CACHE = min({"cache", "past_key_values"} & set(inspect.signature(create_causal_mask).parameters))
 
 
 def blockwise_causal(
@@ -88,3 +94,33 @@ def fastest(*, block_size: int, attend_across: bool, on_cpu: bool) -> str:
 
 AttentionInterface.register("blockwise_causal", blockwise_causal)
 AttentionInterface.register("sdpa_causal", sdpa_causal)
+
+
+def check_documents_are_apart(model: PreTrainedModel) -> None:
+    """Make the mask of two documents of two tokens, and see that the second cannot see the first.
+
+    An attention function without a mask function (a fast causal kernel) gets none and would drop
+    the boundaries without a word. Flash attention gets none either, but reads the positions.
+    """
+    name = model.config._attn_implementation
+    if name.startswith("flash_attention"):
+        return
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, 4, model.config.hidden_size),
+        attention_mask=None,
+        position_ids=torch.tensor([[0, 1, 0, 1]]),
+        **{CACHE: None},
+    )
+    if isinstance(mask, torch.Tensor):
+        # Boolean masks say what is seen, others what is added to the scores.
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        wanted = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
+        if torch.equal(seen[0, 0], wanted):
+            return
+    elif mask is not None:  # flex_attention's block mask, made from the same mask function
+        return
+    raise InputError(
+        f"model.attn_implementation: {name} has no mask and would let documents see each other; "
+        "with data.attend_across false take eager or sdpa"
+    )

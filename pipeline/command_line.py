@@ -157,8 +157,6 @@ def _option_name(options: type[Section], name: str) -> str:
 
 
 def _options(options: type[Section], given: dict[str, Any]) -> Any:
-    lists = [n for n, f in options.model_fields.items() if f.annotation == list[str]]
-    given = {k: [v] if k in lists and isinstance(v, str) else v for k, v in given.items()}
     try:
         return options.model_validate(given)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sections import Section, listed
+from pipeline.sections import Section
 
 # What has no meaning for prompts and completions, and what follows from them.
 NOT_OF_EXAMPLES = ("text_column", "separator", "join_rows")
@@ -38,11 +38,6 @@ class SourceFields(Section):
     if there is one."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes or characters that are not Unicode text: stop and name them, or put U+FFFD there."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_file_is_a_list(cls, values: Any) -> Any:
-        return listed(values, "files")
 
     @property
     def separator_bytes(self) -> bytes | None:
@@ -105,11 +100,6 @@ class DataSection(SourceFields):
     """streaming only: the held-out documents are those in that much of the text's beginning."""
     path: str | None = None
     """Folder of the prepared rows (default: <training.output_dir>/blocks)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_held_out_file_is_a_list(cls, values: Any) -> Any:
-        return listed(listed(values, "validation_files"), "test_files")
 
     @model_validator(mode="before")
     @classmethod
@@ -259,11 +249,6 @@ class CleaningSection(Section):
     """Characters that a document may have."""
     normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     """Unicode normalisation of every document, before anything else looks at it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_benchmark_is_a_list(cls, values: Any) -> Any:
-        return listed(values, "benchmark_files")
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "CleaningSection":

@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.attention import check_documents_are_apart
 from pipeline.conventions import DETOKENIZERS
-from pipeline.model import check_documents_are_apart, load_model
+from pipeline.model import load_model
 from pipeline.perplexity import LAST_WORD_MEASURES, MEASURES, Score, perplexity
 from pipeline.processes import Processes
 from pipeline.recipe import InputError

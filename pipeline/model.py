@@ -1,7 +1,6 @@
 """A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
 
 import functools
-import inspect
 import logging
 import math
 import types
@@ -18,11 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-import pipeline.attention  # noqa: F401  registers its functions with transformers
 from pipeline import adaptation
+from pipeline.attention import check_documents_are_apart
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
 from pipeline.merging import merged_model
@@ -49,10 +47,6 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "passing in an `attention_mask`" not in str(record.msg)
 )
-
-
-# What transformers calls the cache of keys and values: another name since 5.24.
-CACHE = min({"cache", "past_key_values"} & set(inspect.signature(create_causal_mask).parameters))
 
 
 def check_model(section: ModelSection, *, block_size: int) -> None:
@@ -178,36 +172,6 @@ def set_generation_fields(model: PreTrainedModel, end_of_text: int | None) -> No
     model.config.bos_token_id = model.generation_config.bos_token_id = end_of_text
     model.config.eos_token_id = model.generation_config.eos_token_id = end_of_text
     model.config.pad_token_id = model.generation_config.pad_token_id = end_of_text
-
-
-def check_documents_are_apart(model: GPT2LMHeadModel) -> None:
-    """Make the mask of two documents of two tokens, and see that the second cannot see the first.
-
-    An attention function without a mask function (a fast causal kernel) gets none and would drop
-    the boundaries without a word. Flash attention gets none either, but reads the positions.
-    """
-    name = model.config._attn_implementation
-    if name.startswith("flash_attention"):
-        return
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=torch.zeros(1, 4, model.config.hidden_size),
-        attention_mask=None,
-        position_ids=torch.tensor([[0, 1, 0, 1]]),
-        **{CACHE: None},
-    )
-    if isinstance(mask, torch.Tensor):
-        # Boolean masks say what is seen, others what is added to the scores.
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        wanted = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
-        if torch.equal(seen[0, 0], wanted):
-            return
-    elif mask is not None:  # flex_attention's block mask, made from the same mask function
-        return
-    raise InputError(
-        f"model.attn_implementation: {name} has no mask and would let documents see each other; "
-        "with data.attend_across false take eager or sdpa"
-    )
 
 
 @functools.wraps(GPT2LMHeadModel.forward)

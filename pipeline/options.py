@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.data_sections import NOT_OF_EXAMPLES, SourceFields
-from pipeline.sections import CardFields, SamplingFields, Section
+from pipeline.sections import CardFields, SamplingFields, Section, TaskNames
 
 
 class RecipeOptions(Section):
@@ -81,19 +81,13 @@ class MeasureOptions(SourceFields):
     """last_word: only the last word of each text is scored (LAMBADA)."""
     detokenize: Literal["wikitext"] | None = None
     """wikitext: undo WikiText's cutting into words; bytes and words stay those of the text."""
-    tasks: list[str] = Field(default_factory=list)
+    tasks: TaskNames = Field(default_factory=list)
     """Tasks of lm-eval (hellaswag,lambada_openai,...) or YAML files of your own; needs the extra
     [tasks]."""
     tasks_limit: int | None = Field(None, ge=1)
     """Documents of each task (default: all)."""
     json_: str | None = Field(None, alias="json")
     """File to write the numbers to."""
-
-    @field_validator("tasks")
-    @classmethod
-    def _at_commas(cls, values: list[str]) -> list[str]:
-        names = [name.strip() for value in values for name in value.split(",")]
-        return [name for name in names if name]
 
     @model_validator(mode="after")
     def _one_text(self) -> "MeasureOptions":

@@ -3,6 +3,8 @@
 Each is named after the room that reads it; a room receives its own section and never the whole.
 """
 
+import types
+import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -24,12 +26,23 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        names = [n for n, f in cls.model_fields.items() if _is_list_of_text(f.annotation)]
+        return values | {n: [values[n]] for n in names if isinstance(values.get(n), str)}
 
-def listed(values: Any, name: str) -> Any:
-    """Return a section's values in which one text stands for a list of one."""
-    if isinstance(values, dict) and isinstance(values.get(name), str):
-        values = {**values, name: [values[name]]}
-    return values
+
+def _is_list_of_text(annotation: Any) -> bool:
+    parts = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if len(parts) != 1 or typing.get_origin(parts[0]) is not list:
+        return False
+    (inner,) = typing.get_args(parts[0])
+    return inner is str or typing.get_origin(inner) is Literal
 
 
 def _greedy_or_not_tiny(value: float) -> float:
@@ -38,6 +51,12 @@ def _greedy_or_not_tiny(value: float) -> float:
     return value
 
 
+def _at_commas(values: list[str]) -> list[str]:
+    names = [name.strip() for value in values for name in value.split(",")]
+    return [name for name in names if name]
+
+
+TaskNames = Annotated[list[str], AfterValidator(_at_commas)]
 Temperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_not_tiny)]
 
 
@@ -57,11 +76,6 @@ class TokenizerSection(Section):
     """Training text to train it on, in bytes, taken evenly from all of it: memory stays bounded."""
     sample_document_characters: int = Field(1_000_000, ge=1)
     """Of a longer document only that much is in the sample."""
-
-    @field_validator("added_tokens", mode="before")
-    @classmethod
-    def _one_token_is_a_list(cls, values: Any) -> Any:
-        return [values] if isinstance(values, str) else values
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "TokenizerSection":
@@ -110,11 +124,6 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     """Attention: blockwise_causal, sdpa_causal, or one of transformers': eager, sdpa,
     flash_attention_2, ... (default: fastest for device, block and data.attend_across)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_matrix_is_a_list(cls, values: Any) -> Any:
-        return listed(values, "lora_target_modules")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -207,22 +216,13 @@ class EvaluationSection(Section):
     (default: all; the final numbers always use all)."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better held-out loss."""
-    tasks: list[str] = Field(default_factory=list)
+    tasks: TaskNames = Field(default_factory=list)
     """Tasks that lm-eval runs while training (hellaswag,lambada_openai,...), or YAML files of your
     own; needs the extra [tasks]."""
     tasks_steps: int | None = Field(None, ge=1)
     """Run them each time after this many updates, and at the end on the saved model."""
     tasks_limit: int | None = Field(None, ge=1)
     """Documents of each task (default: all)."""
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _tasks_at_commas(cls, values: Any) -> Any:
-        listed = values.split(",") if isinstance(values, str) else values
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            return listed  # the type is wrong, and pydantic says so
-        names = [name.strip() for value in listed for name in value.split(",")]
-        return [name for name in names if name]
 
     @model_validator(mode="after")
     def _tasks_at_some_time(self) -> "EvaluationSection":
@@ -263,11 +263,6 @@ class GenerationSection(SamplingFields):
     max_new_tokens: int = Field(64, ge=1)
     """Length of a continuation in tokens."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_prompt_is_a_list(cls, values: Any) -> Any:
-        return listed(values, "prompts")
-
 
 class FaultSection(Section):
     """What a run does when something goes wrong."""
@@ -291,15 +286,12 @@ class CardFields(Section):
     language: list[str] = Field(default_factory=list)
     """Languages of its text (en, bn, pt-BR; code for programs)."""
 
-    @model_validator(mode="before")
+    @field_validator("language", mode="before")
     @classmethod
-    def _one_language_is_a_list(cls, values: Any) -> Any:
-        values = listed(values, "language")
-        if isinstance(values, dict) and isinstance(values.get("language"), list):
-            # YAML reads a bare `no`, Norwegian, as false.
-            spelled = ["no" if code is False else code for code in values["language"]]
-            values = {**values, "language": spelled}
-        return values
+    def _norwegian_is_no_boolean(cls, values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        return ["no" if code is False else code for code in values]  # YAML's bare `no`
 
     @field_validator("license")
     @classmethod
