@@ -5,7 +5,8 @@ import warnings
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.recipe import InputError, check_local, first_line
+from pipeline.reach import check_local
+from pipeline.recipe import InputError, first_line
 from pipeline.weights import Weights
 
 # Largest difference of a logit before and after merging, which adds the same numbers in another

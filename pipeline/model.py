@@ -25,7 +25,8 @@ from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
 from pipeline.merging import merged_model
 from pipeline.pretrained import pretrained_config
-from pipeline.recipe import InputError, check_local, first_line, not_loaded
+from pipeline.reach import check_local, not_loaded
+from pipeline.recipe import InputError, first_line
 from pipeline.sections import ModelSection
 from pipeline.weights import open_weights
 

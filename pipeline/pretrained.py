@@ -9,7 +9,8 @@ from transformers.utils import cached_file
 
 from pipeline import artifact
 from pipeline.checkpoint import STATE
-from pipeline.recipe import InputError, Recipe, check_local, not_loaded
+from pipeline.reach import check_local, not_loaded
+from pipeline.recipe import InputError, Recipe
 from pipeline.run_files import METRICS
 from pipeline.sections import ModelSection
 

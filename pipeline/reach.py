@@ -1,10 +1,16 @@
-"""Whether the Hub can be reached, found out once: if not, only what was fetched before is used."""
+"""A name that a person gave: a folder's, or the Hub's, and whether that can be reached.
+
+That is found out once: if it cannot, only what was fetched before is used.
+"""
 
 import functools
 import logging
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from pipeline.recipe import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +38,31 @@ def see_hub() -> None:
             place.hostname, error.strerror or error,
         )  # fmt: skip
         constants.HF_HUB_OFFLINE = True
+
+
+def not_loaded(name: str, kind: str, error: BaseException) -> InputError:
+    """Return the error for a model, tokenizer or data set that is neither here nor on the Hub."""
+    return InputError(
+        f"{name}: cannot be loaded as a {kind}: {first_line(error)}; give an existing folder, or "
+        "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+    )
+
+
+def check_local(name: str, kind: str, file: str) -> None:
+    """Tell a folder's name from a Hub name, which would be looked for on the network.
+
+    Raises:
+        InputError: `name` is a folder without `file`, or lies in a folder that has no such one.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise InputError(f"{name}: is a file; give its folder, {path.parent}")
+    if path.exists():
+        if not (path / file).exists():
+            raise InputError(f"{name}: no {kind} in this folder ({file} is missing)")
+    elif (
+        path.is_absolute() or name.startswith(".") or path.parent != Path() and path.parent.is_dir()
+    ):
+        raise InputError(f"{name}: no such folder; looked in {Path.cwd()}")
+    else:
+        see_hub()

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.known_fields import LibraryField, model_config_fields, training_fields
-from pipeline.reach import see_hub
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
     EvaluationSection,
@@ -49,34 +48,6 @@ class RunFailed(Exception):
 def first_line(error: BaseException) -> str:
     """Return what a library's error says in its first line, to be put into a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def not_loaded(name: str, kind: str, error: BaseException) -> InputError:
-    """Return the error for a model, tokenizer or data set that is neither here nor on the Hub."""
-    return InputError(
-        f"{name}: cannot be loaded as a {kind}: {first_line(error)}; give an existing folder, or "
-        "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
-    )
-
-
-def check_local(name: str, kind: str, file: str) -> None:
-    """Tell a folder's name from a Hub name, which would be looked for on the network.
-
-    Raises:
-        InputError: `name` is a folder without `file`, or lies in a folder that has no such one.
-    """
-    path = Path(name)
-    if path.is_file():
-        raise InputError(f"{name}: is a file; give its folder, {path.parent}")
-    if path.exists():
-        if not (path / file).exists():
-            raise InputError(f"{name}: no {kind} in this folder ({file} is missing)")
-    elif (
-        path.is_absolute() or name.startswith(".") or path.parent != Path() and path.parent.is_dir()
-    ):
-        raise InputError(f"{name}: no such folder; looked in {Path.cwd()}")
-    else:
-        see_hub()
 
 
 class Recipe(Section):

@@ -20,7 +20,8 @@ from pipeline.measuring import loaded, measure_texts
 from pipeline.options import MeasureOptions
 from pipeline.perplexity import MEASURES
 from pipeline.processes import Processes
-from pipeline.recipe import InputError, check_local, read_recipe
+from pipeline.reach import check_local
+from pipeline.recipe import InputError, read_recipe
 from pipeline.run_files import CONFIG
 from pipeline.sources import documents_of
 from pipeline.tasks import check_tasks, run_tasks

@@ -25,7 +25,8 @@ from pipeline import artifact
 from pipeline.completions import Example
 from pipeline.corpus import Corpus, Document
 from pipeline.raw_documents import Shard
-from pipeline.recipe import InputError, check_local, not_loaded
+from pipeline.reach import check_local, not_loaded
+from pipeline.recipe import InputError
 from pipeline.sections import ModelSection, TokenizerSection
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint import checkpoints
-from pipeline.recipe import InputError, check_local, first_line, not_loaded
+from pipeline.reach import check_local, not_loaded
+from pipeline.recipe import InputError, first_line
 
 COMPILED = "_orig_mod."  # torch.compile puts it before every name
 # Causal masks that old code saved as well, and what an optimizer keeps in TensorFlow's checkpoints.
