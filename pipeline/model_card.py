@@ -62,14 +62,15 @@ def _data(record: RunRecord, base_model: str | None) -> ModelCardData:
     more: dict[str, Any] = {}
     if base_model:
         more["base_model_relation"] = "adapter" if _is_adapter(record) else "finetune"
-    kind = ["lora"] if _is_adapter(record) else ["fine-tuning"] if base_model else ["pretraining"]
+    goes_on = (recipe.get("model") or {}).get("pretrained") is not None
+    kind = "lora" if _is_adapter(record) else "fine-tuning" if goes_on else "pretraining"
     return ModelCardData(
         model_name=record.name,
         license=hub.get("license"),
         language=hub.get("language"),
         library_name="peft" if _is_adapter(record) else "transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", *kind],
+        tags=["gpt2", kind],
         base_model=base_model,
         datasets=datasets or None,
         eval_results=results,

@@ -203,6 +203,7 @@ def test_fine_tuning_goes_on_from_a_folder(finished_run, corpus_folder, tmp_path
     assert after["tokenizer_fingerprint"] == before["tokenizer_fingerprint"]
     assert f"from {finished_run.name}" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["n_positions"] == 32
+    assert "- fine-tuning\n" in (tmp_path / "README.md").read_text()
 
 
 def test_weights_that_are_torn_are_one_sentence(run_copy, corpus_folder, tmp_path):
