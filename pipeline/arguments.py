@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
 from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.sharding import wanted_sharding
 from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             )
     if recipe.optimizer.name == "muon":
         _check_muon(stated)
-    if recipe.model.lora_r is not None and _is_sharded():
+    if recipe.model.lora_r is not None and wanted_sharding():
         raise InputError(
             "model.lora_r: the adapter's checkpoints are written by one process that holds it "
             "whole, and the accelerate config shards it (FSDP or DeepSpeed); use "
@@ -161,6 +161,12 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from None
+    if recipe.reduce_dtype == "bf16" and arguments.world_size > 1:
+        if not is_on_cuda and wanted_sharding() != "fsdp2":
+            raise InputError(
+                "reduce_dtype: bf16 gradients between whole models need CUDA GPUs (NCCL); leave "
+                "it out here"
+            )
     arguments.gradient_accumulation_steps = gradient_accumulation_steps(
         recipe.tokens_per_update,
         block_size=recipe.data.block_size,
@@ -196,7 +202,7 @@ def _check_muon(stated: dict[str, Any]) -> None:
             f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"
         )
-    if _is_sharded():
+    if wanted_sharding():
         raise InputError(
             "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
             "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
@@ -213,11 +219,6 @@ def _check_pushing(stated: dict[str, Any]) -> None:
     names = [n for n in stated if n.startswith("hub_")]
     if names and "push_to_hub" not in stated:
         raise InputError(f"training.{names[0]} has a meaning with training.push_to_hub only")
-
-
-def _is_sharded() -> bool:
-    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(name, "false").lower() in ("1", "true") for name in launcher)
 
 
 def gradient_accumulation_steps(
