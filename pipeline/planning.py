@@ -152,14 +152,15 @@ def loss_bytes(shape: Shape, *, tokens: int, precision: str = "bf16", device: st
     """Return the most bytes that the head and its loss hold: a chunk of logits, and its weight's.
 
     The weight's gradient is made with the loss and kept for the backward pass; in bf16 the weight
-    and the chunk's part of the gradient are there in bf16 as well.
+    and a chunk's part of the gradient are there in bf16 as well.
     """
     rows = CHUNK_BYTES[device] // (FP32 * shape.vocabulary)
-    rows = min(1 << max(rows.bit_length() - 1, 5), tokens)
-    weight = shape.vocabulary * shape.width
-    if precision == "bf16":  # logits in bf16 and fp32, their log-softmax in fp32
-        return rows * shape.vocabulary * (BF16 + 2 * FP32) + weight * (FP32 + 2 * BF16)
-    return rows * shape.vocabulary * 2 * FP32 + weight * 2 * FP32
+    rows = 1 << max(rows.bit_length() - 1, 5)
+    product = BF16 if precision == "bf16" else FP32
+    # The logits, in fp32, and their log-softmax in fp32; the error of the chunk before.
+    logit = product + FP32 + FP32 * (product < FP32) + product * (tokens > rows)
+    weight = FP32 + (2 * product if product < FP32 else product)
+    return shape.vocabulary * (min(rows, tokens) * logit + shape.width * weight)
 
 
 def memory_by_part(

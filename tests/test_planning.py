@@ -1,5 +1,7 @@
 """Parameters, operations and memory by table; what is kept for the backward pass, as measured."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -126,7 +128,25 @@ def test_what_other_rooms_say_is_the_same_here():
     for device in ("cpu", "cuda"):
         rows = linear_cross_entropy.chunk_rows(50257, device)
         logits = loss_bytes(SIZES["124M"], tokens=10**9, precision="fp32", device=device)
-        assert logits == 8 * rows * 50257 + 8 * 50257 * 768
+        assert logits == 12 * rows * 50257 + 8 * 50257 * 768
+
+
+@pytest.mark.parametrize("tokens", [256, 600], ids=["one chunk", "several"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_holds_so_much_at_most(monkeypatch, precision, tokens):
+    for room in (planning, linear_cross_entropy):
+        monkeypatch.setitem(room.CHUNK_BYTES, "cpu", 4 * 4096 * 256)
+    hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (tokens, 4096))
+    labels = torch.randint(0, 4096, (tokens,))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            linear_cross_entropy.linear_cross_entropy(hidden, weight, labels)
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    shape = Shape(1, 16, 1, vocabulary=4096)
+    computed = loss_bytes(shape, tokens=tokens, precision=precision, device="cpu")
+    assert max(itertools.accumulate(sizes)) == pytest.approx(computed, rel=0.1)
 
 
 # -- memory and topology --------------------------------------------------------------------------
