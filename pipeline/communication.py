@@ -5,7 +5,7 @@ Arithmetic, before a run. Latency is not counted: the figures are for large mess
 
 from typing import NamedTuple
 
-from pipeline.planning import BF16, FP32, Shape, parameters, parameters_by_part, training_flops
+from pipeline.planning import FP32, HALF, Shape, parameters, parameters_by_part, training_flops
 
 # The share of a forward and backward pass that is the backward's: two of three products.
 BACKWARD = 2 / 3
@@ -53,7 +53,7 @@ def traffic(
     devices: int,
     accumulation: int = 1,
     reduce_bytes: int = FP32,
-    gather_bytes: int = BF16,
+    gather_bytes: int = HALF,
 ) -> Traffic:
     """Return what each device sends in an update, by ring algorithms.
 

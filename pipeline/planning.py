@@ -25,7 +25,7 @@ SIZES = {
     "1558M": Shape(48, 1600, 25),
 }
 
-FP32, BF16 = 4, 2  # bytes
+FP32, HALF = 4, 2  # bytes; half is bf16 or fp16
 ADAMW_BYTES = 8  # a parameter: both averages in fp32
 # A share of a device's memory that nothing of ours takes: CUDA's context, NCCL's buffers, holes
 # between allocations. An assumption; nothing here could measure it.
@@ -120,7 +120,7 @@ def activation_bytes(
 
     Args:
         rows: of a batch, each of `block_size` tokens.
-        precision: bf16 (autocast) or fp32.
+        precision: bf16 or fp16 (autocast), or fp32.
         is_checkpointed: gradient checkpointing: each layer keeps its input alone, and one layer
             at a time the rest.
         is_blockwise: attention is `blockwise_causal`, which keeps probabilities and copies.
@@ -128,8 +128,8 @@ def activation_bytes(
             see are (FSDP2, DeepSpeed); autocast leaves it in fp32.
     """
     tokens, width = rows * block_size, shape.width
-    product = BF16 if precision == "bf16" else FP32
-    stream = BF16 if has_bf16_stream else FP32
+    product = _product_bytes(precision)
+    stream = HALF if has_bf16_stream else FP32
     norm = 2 * FP32  # mean and reciprocal deviation
     layer = tokens * (2 * (stream * width + norm) + 14 * product * width)
     if is_blockwise:
@@ -148,6 +148,10 @@ def activation_bytes(
     return shape.layers * layer + last
 
 
+def _product_bytes(precision: str) -> int:
+    return FP32 if precision == "fp32" else HALF
+
+
 def loss_bytes(shape: Shape, *, tokens: int, precision: str = "bf16", device: str = "cuda") -> int:
     """Return the most bytes that the head and its loss hold: a chunk of logits, and its weight's.
 
@@ -156,7 +160,7 @@ def loss_bytes(shape: Shape, *, tokens: int, precision: str = "bf16", device: st
     """
     rows = CHUNK_BYTES[device] // (FP32 * shape.vocabulary)
     rows = 1 << max(rows.bit_length() - 1, 5)
-    product = BF16 if precision == "bf16" else FP32
+    product = _product_bytes(precision)
     # The logits, in fp32, and their log-softmax in fp32; the error of the chunk before.
     logit = product + FP32 + FP32 * (product < FP32) + product * (tokens > rows)
     weight = FP32 + (2 * product if product < FP32 else product)
@@ -188,14 +192,14 @@ def memory_by_part(
     count, sizes = parameters(shape), parameters_by_part(shape)
     divided = {part: devices if part in DIVIDED[topology] else 1 for part in _WHOLE}
     held = {part: -(-count * bytes // divided[part]) for part, bytes in _WHOLE.items()}
-    low = BF16 if precision == "bf16" else FP32
+    low = _product_bytes(precision)
     block = (count - sizes["embedding"] - sizes["positions"]) // shape.layers
     rest = sizes["embedding"] + sizes["positions"]
     buffers = copies = 0
     if topology == "ddp":
         buffers = FP32 * count  # the buckets are not the gradients (gradient_as_bucket_view)
-    if topology in ("none", "ddp") and precision == "bf16":
-        copies = BF16 * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
+    if topology in ("none", "ddp") and precision != "fp32":
+        copies = HALF * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
     if topology == "fsdp2":
         # Two blocks (this and the next) and the embedding are whole, one gather is under way.
         copies = low * (2 * block + rest + max(block, rest))
@@ -204,11 +208,11 @@ def memory_by_part(
     if topology in ("zero2", "zero3"):
         held["gradients"] = -(-low * count // devices)
         buffers = low * min(ZERO_BUCKET, count)
-        held["weights"] = -(-FP32 * count // devices) * (precision == "bf16")
+        held["weights"] = -(-FP32 * count // devices) * (precision != "fp32")
         whole = low * count
         held["weights"] += whole if topology == "zero2" else -(-whole // devices)
         copies = low * min(ZERO_LIVE, count) * (topology == "zero3")
-    is_low = topology in ("fsdp2", "zero2", "zero3") and precision == "bf16"
+    is_low = topology in ("fsdp2", "zero2", "zero3") and precision != "fp32"
     return held | {
         "buffers": buffers,
         "copies": copies,

@@ -237,6 +237,23 @@ def test_the_page_measured_what_is_computed():
         assert float(computed) == pytest.approx(float(on_the_wire), rel=0.004)
 
 
+def test_the_page_held_what_is_computed():
+    """Bytes a parameter on two processes, in fp32, while batches are added up and afterwards."""
+    for name, adding, measured, after, measured_after in table(PAGE, "| held"):
+        kind = "none" if name == "single_gpu" else name
+        parts = memory_by_part(
+            SMALL, rows=1, block_size=1, precision="fp32", topology=kind, devices=2
+        )
+        held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+        held += parts["buffers"] * (kind == "ddp")  # FSDP2's are there during the passes only
+        # A gradient that was whole becomes a part of one: the bound has both.
+        expected = held - 4 * COUNT / 2 if kind == "fsdp2" else held
+        reduced = held - 4 * COUNT if kind == "fsdp2" else held
+        assert [float(adding), float(after)] == [expected / COUNT, reduced / COUNT]
+        assert float(adding) == pytest.approx(float(measured), rel=0.04)
+        assert float(after) == pytest.approx(float(measured_after), rel=0.04)
+
+
 def test_the_readme_says_which_config_to_take():
     header = "| model | GPUs | 16 GB"
     if header not in (ROOT / "README.md").read_text():

@@ -162,6 +162,8 @@ def made(shape, topology: str, reduce_bytes: int):
         if reduce_bytes == 2:
             model.register_comm_hook(None, in_bf16)
         return model
+    if topology == "none":
+        return model
     for block in model.transformer.h:  # as accelerate's fsdp2_prepare_model does
         fully_shard(block)
     ends = [_find_final_norm(model), model.get_input_embeddings(), model.get_output_embeddings()]
@@ -181,19 +183,23 @@ def in_bf16(state, bucket):
 
 def update(model, topology: str, batches: int) -> None:
     """Make the passes of one update; gradients are reduced in the last of them."""
+    for batch in range(batches):
+        passes(model, topology, batch == batches - 1)
+    model.zero_grad()
+
+
+def passes(model, topology: str, is_last: bool) -> None:
+    """Make both passes of a batch, as accelerate's `no_sync` has them made."""
     import torch
 
     ids = torch.randint(0, SHAPE[3], (2, SHAPE[4]))
-    for batch in range(batches):
-        is_last = batch == batches - 1
-        waiting = contextlib.nullcontext()
-        if topology == "fsdp2":
-            model.set_requires_gradient_sync(is_last)
-        elif not is_last:
-            waiting = model.no_sync()
-        with waiting:
-            model(ids, labels=ids).loss.backward()
-    model.zero_grad()
+    waiting = contextlib.nullcontext()
+    if topology == "fsdp2":
+        model.set_requires_gradient_sync(is_last)
+    elif topology == "ddp" and not is_last:
+        waiting = model.no_sync()
+    with waiting:
+        model(ids, labels=ids).loss.backward()
 
 
 if __name__ == "__main__":
