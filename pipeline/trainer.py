@@ -36,10 +36,11 @@ from pipeline.callbacks import (
 from pipeline.evaluating import EvaluatingTrainer, named_texts
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
-from pipeline.meters import Meter, flops_per_token
+from pipeline.meters import Meter
 from pipeline.model import parameter_count
 from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
+from pipeline.planning import flops_per_token
 from pipeline.pretrained import weights_fingerprint
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
