@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import sys
-import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,16 +12,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline import failures
 from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.options import RecipeOptions
-from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
+from pipeline.recipe import (
+    InputError,
+    InputErrorTold,
+    Recipe,
+    RunFailed,
+    read_recipe,
+    sentence_of,
+)
 from pipeline.sections import Section
-
-# What gloo and NCCL say when the process at the other end is gone.
-CONNECTION_LOST = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
-)  # fmt: skip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -70,7 +72,7 @@ def read_command_line(
 
 def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a door's `main` as a program: a person's mistake is one sentence and exit code 2."""
-    is_main_process = os.environ.get("RANK", "0") == "0"
+    is_main_process = failures.rank() == 0
     # Reading and writing weights takes no time worth a bar; whoever wants them sets it to 0.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -78,18 +80,17 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         code = main()
     except InputError as error:
-        if is_main_process:
-            sys.stderr.write(f"error: {error}\n")
+        failures.say(f"error: {error}\n", error, is_common=isinstance(error, InputErrorTold))
         code = 2
     except RunFailed as error:
-        if is_main_process:
-            sys.stderr.write(f"error: {error}\n")
+        failures.say(f"error: {error}\n", error, is_common=True)
         code = 1
     except Preempted:
         ignore()
         code = EXIT_CODE
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        if is_main_process:
+            sys.stderr.write("\ninterrupted\n")
         code = 130
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,12 +98,7 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     except SystemExit:
         raise
     except BaseException as error:
-        if "RANK" in os.environ and any(words in str(error) for words in CONNECTION_LOST):
-            # It has a traceback of its own; ours would only hide that.
-            rank = os.environ["RANK"]
-            sys.stderr.write(f"process {rank}: ends because another process has ended\n")
-        else:
-            traceback.print_exc()
+        failures.say_unexpected(error)
         code = 1
     sys.stdout.flush()
     sys.exit(code or 0)
