@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     # Reading and writing weights takes no time worth a bar; whoever wants them sets it to 0.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("pipeline").setLevel(logging.INFO if is_main_process else logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    if not is_main_process:
+        _leave_it_to_the_main_process()
     try:
         code = main()
     except InputError as error:
@@ -102,6 +105,17 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
         code = 1
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _leave_it_to_the_main_process() -> None:
+    """Be silent about what all processes come upon: how the run goes, what libraries warn of."""
+    logging.getLogger("pipeline").setLevel(logging.CRITICAL)
+    logging.getLogger().setLevel(logging.ERROR)
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:  # what python -W says
+        warnings.simplefilter("ignore")
 
 
 def _words(argv: Sequence[str], options: type[Section]) -> dict[str, Any]:

@@ -4,9 +4,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
 from forked import forked, until
 
 from pipeline import failures
@@ -59,6 +62,36 @@ def test_another_says_what_is_its_own_and_who_it_is(ended, name):
 )
 def test_another_does_not_repeat_the_main_process(ended, error, code):
     assert ended(error, RANK="3") == (code, "")
+
+
+WARNS = """
+import logging, warnings
+from pipeline.command_line import enter
+
+def door():
+    import datasets, transformers
+    warnings.warn("of a library")
+    logging.getLogger("pipeline.model").warning("of ours")
+    logging.getLogger("accelerate").warning("of accelerate")
+    transformers.utils.logging.get_logger("transformers.trainer").warning("of transformers")
+    list(datasets.Dataset.from_dict({"a": [1]}).map(lambda row: row))
+
+enter(door)
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_main_process_alone_warns(rank):
+    environment = {k: v for k, v in os.environ.items() if k not in failures.RANKS}
+    done = subprocess.run(
+        [sys.executable, "-c", WARNS], capture_output=True, text=True, cwd=ROOT,
+        env=environment | {"RANK": rank},
+    )  # fmt: skip
+    assert done.returncode == 0
+    words = ["of a library", "of ours", "of accelerate", "of transformers", "Map: 100%"]
+    said = done.stdout + done.stderr
+    assert [word in said for word in words] == [rank == "0"] * 5
+    assert rank == "0" or said == ""
 
 
 def test_what_all_come_to_is_said_by_the_main_process_whose_launcher_ends_the_others(
