@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from pipeline import attention, machine
+from pipeline import attention, launch, machine
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
@@ -111,9 +111,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             "whole, and the accelerate config shards it (FSDP or DeepSpeed); use "
             "accelerate_configs/ddp.yaml"
         )
-    on_cpu = stated.get("use_cpu", False) or not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
+    wanted = launch.asked()
+    on_cpu = launch.on_cpu(wanted, by_recipe=stated.get("use_cpu", False))
     is_on_cuda = torch.cuda.is_available() and not on_cpu
     if recipe.model.attn_implementation == "blockwise_causal" and not on_cpu:
         logger.warning(
@@ -121,6 +120,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             "that line this device is given its own"
         )
     precision = machine.precision(recipe.precision, on_cpu=on_cpu)
+    launch.check(wanted, precision=precision)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
@@ -161,6 +161,8 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or one process divides batches over all GPUs
+    logger.info(launch.came(arguments))
     if recipe.reduce_dtype == "bf16" and arguments.world_size > 1:
         if not is_on_cuda and wanted_sharding() != "fsdp2":
             raise InputError(

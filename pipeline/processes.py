@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from pipeline.recipe import InputError
+from pipeline.recipe import InputError, InputErrorTold
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Processes:
         else:
             broadcast_object_list(said, from_process=0)
         if said[1] is not None:
-            raise InputError(said[1])
+            raise InputError(said[1]) if self.is_main else InputErrorTold(said[1])
         return said[0]
 
     def main_first(self, make: Callable[[], T]) -> T:

@@ -41,6 +41,10 @@ class InputError(ValueError):
     """What a person gave cannot work; the message says what, where and the remedy."""
 
 
+class InputErrorTold(InputError):
+    """The main process has met it, and says it; this one was told."""
+
+
 class RunFailed(Exception):
     """A run cannot go on, and no input is to blame; the message says what happened and when."""
 
