@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel
 from transformers.utils import cached_file
 
 from pipeline.pretrained import ADAPTER_CONFIG
@@ -96,23 +96,15 @@ def stored_weights(model: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]
 
     Of a model with an adapter only that, under peft's names.
     """
-    weights = model.state_dict()
+    parameters = model.state_dict(keep_vars=True)
+    weights = {name: weight.detach() for name, weight in parameters.items()}
     if has_adapter(model):
         own = {name: weight for name, weight in weights.items() if ".lora_" in name}
         return ADAPTER_WEIGHTS, {_name_in_file(name): weight for name, weight in own.items()}
     first: dict[int, str] = {}
-    for name, tensor in weights.items():
-        first.setdefault(tensor.data_ptr(), name)
+    for name, parameter in parameters.items():
+        first.setdefault(id(parameter), name)
     return WEIGHTS, {name: weights[name] for name in first.values()}
-
-
-def put_back(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> None:
-    """Load what `stored_weights` returned."""
-    if has_adapter(model):
-        names = {_name_in_file(name): name for name in model.state_dict() if ".lora_" in name}
-        stored = {names[name]: weight for name, weight in stored.items()}
-    model.load_state_dict(stored, strict=False)  # a tied one is stored once
-    model.tie_weights()
 
 
 def save_adapter_config(model: torch.nn.Module, folder: Path) -> None:

@@ -2,19 +2,19 @@
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 
-from pipeline import attention, machine
+from pipeline import attention, launch, machine
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
 from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.sharding import wanted_sharding
 from pipeline.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -105,15 +105,14 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             )
     if recipe.optimizer.name == "muon":
         _check_muon(stated)
-    if recipe.model.lora_r is not None and _is_sharded():
+    if recipe.model.lora_r is not None and wanted_sharding():
         raise InputError(
             "model.lora_r: the adapter's checkpoints are written by one process that holds it "
             "whole, and the accelerate config shards it (FSDP or DeepSpeed); use "
             "accelerate_configs/ddp.yaml"
         )
-    on_cpu = stated.get("use_cpu", False) or not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
+    wanted = launch.asked()
+    on_cpu = launch.on_cpu(wanted, by_recipe=stated.get("use_cpu", False))
     is_on_cuda = torch.cuda.is_available() and not on_cpu
     if recipe.model.attn_implementation == "blockwise_causal" and not on_cpu:
         logger.warning(
@@ -121,6 +120,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             "that line this device is given its own"
         )
     precision = machine.precision(recipe.precision, on_cpu=on_cpu)
+    launch.check(wanted, precision=precision)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
@@ -161,6 +161,14 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or one process divides batches over all GPUs
+    logger.info(launch.came(arguments))
+    if recipe.reduce_dtype == "bf16" and arguments.world_size > 1:
+        if not is_on_cuda and wanted_sharding() != "fsdp2":
+            raise InputError(
+                "reduce_dtype: bf16 gradients between whole models need CUDA GPUs (NCCL); leave "
+                "it out here"
+            )
     arguments.gradient_accumulation_steps = gradient_accumulation_steps(
         recipe.tokens_per_update,
         block_size=recipe.data.block_size,
@@ -196,7 +204,7 @@ def _check_muon(stated: dict[str, Any]) -> None:
             f"training.{name}: {stated[name]} contradicts optimizer.name: muon, which brings its "
             "own; leave one of them out"
         )
-    if _is_sharded():
+    if wanted_sharding():
         raise InputError(
             "optimizer.name: muon needs every matrix whole, and the accelerate config shards them "
             "(FSDP or DeepSpeed); use adamw, or accelerate_configs/ddp.yaml"
@@ -213,11 +221,6 @@ def _check_pushing(stated: dict[str, Any]) -> None:
     names = [n for n in stated if n.startswith("hub_")]
     if names and "push_to_hub" not in stated:
         raise InputError(f"training.{names[0]} has a meaning with training.push_to_hub only")
-
-
-def _is_sharded() -> bool:
-    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(name, "false").lower() in ("1", "true") for name in launcher)
 
 
 def gradient_accumulation_steps(

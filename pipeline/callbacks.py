@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -63,14 +64,19 @@ class SampleCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         path: Path,
         *,
+        model: Callable[[], torch.nn.Module | None],
         after: Callable[[], None],
     ) -> None:
-        """Write into `path`; `after` is called after each sample."""
-        self._after = after
+        """Write into `path`; `after` is called after each sample.
+
+        `model` is called in all processes, and returns in the main one what it can use alone.
+        """
+        self._model, self._after = model, after
         self._section, self._tokenizer, self._path = section, tokenizer, path
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
         """Write one continuation per prompt, the same seed each time."""
+        model = self._model()
         if not state.is_world_process_zero:
             return
         settings = self._section.model_dump(exclude={"prompts"})

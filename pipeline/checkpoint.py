@@ -95,11 +95,22 @@ def check_named(folder: Path, *, contents: bool = True) -> None:
         raise InputError(f"--resume {folder}: {wrong}; {choices}")
 
 
+# Of each file of a checkpoint by name: its bytes, or what writes it.
+Files = dict[str, bytes | Callable[[Path], Any]]
+
+
+def write_file(path: Path, content: bytes | Callable[[Path], Any]) -> None:
+    """Write one file of a checkpoint."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+
+
 class Contents(NamedTuple):
     """What one checkpoint holds, as it was when the update ended."""
 
-    files: dict[str, bytes | Callable[[Path], Any]]
-    """By name: the bytes, or what writes the file."""
+    files: Files
     size: int
     """About how many bytes they are."""
     made_from: dict[str, Any]
@@ -162,10 +173,7 @@ class Writer:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             for name, content in contents.files.items():
-                if isinstance(content, bytes):
-                    (staging / name).write_bytes(content)
-                else:
-                    content(staging / name)
+                write_file(staging / name, content)
             artifact.commit(staging, folder, contents.made_from, contents.facts)
         except Exception as error:  # whatever a library makes of a disk's refusal
             self.failure = _failure(folder, contents.size, error)

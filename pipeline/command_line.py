@@ -4,8 +4,8 @@ import difflib
 import logging
 import os
 import sys
-import traceback
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline import failures
 from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.options import RecipeOptions
-from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
+from pipeline.recipe import (
+    InputError,
+    InputErrorTold,
+    Recipe,
+    RunFailed,
+    read_recipe,
+    sentence_of,
+)
 from pipeline.sections import Section
-
-# What gloo and NCCL say when the process at the other end is gone.
-CONNECTION_LOST = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
-)  # fmt: skip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -70,26 +73,27 @@ def read_command_line(
 
 def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a door's `main` as a program: a person's mistake is one sentence and exit code 2."""
-    is_main_process = os.environ.get("RANK", "0") == "0"
+    is_main_process = failures.rank() == 0
     # Reading and writing weights takes no time worth a bar; whoever wants them sets it to 0.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("pipeline").setLevel(logging.INFO if is_main_process else logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    if not is_main_process:
+        _leave_it_to_the_main_process()
     try:
         code = main()
     except InputError as error:
-        if is_main_process:
-            sys.stderr.write(f"error: {error}\n")
+        failures.say(f"error: {error}\n", error, is_common=isinstance(error, InputErrorTold))
         code = 2
     except RunFailed as error:
-        if is_main_process:
-            sys.stderr.write(f"error: {error}\n")
+        failures.say(f"error: {error}\n", error, is_common=True)
         code = 1
     except Preempted:
         ignore()
         code = EXIT_CODE
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        if is_main_process:
+            sys.stderr.write("\ninterrupted\n")
         code = 130
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,15 +101,21 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     except SystemExit:
         raise
     except BaseException as error:
-        if "RANK" in os.environ and any(words in str(error) for words in CONNECTION_LOST):
-            # It has a traceback of its own; ours would only hide that.
-            rank = os.environ["RANK"]
-            sys.stderr.write(f"process {rank}: ends because another process has ended\n")
-        else:
-            traceback.print_exc()
+        failures.say_unexpected(error)
         code = 1
     sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _leave_it_to_the_main_process() -> None:
+    """Be silent about what all processes come upon: how the run goes, what libraries warn of."""
+    logging.getLogger("pipeline").setLevel(logging.CRITICAL)
+    logging.getLogger().setLevel(logging.ERROR)
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:  # what python -W says
+        warnings.simplefilter("ignore")
 
 
 def _words(argv: Sequence[str], options: type[Section]) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.blocks import Rows
 from pipeline.held_out import HeldOutBatches
+from pipeline.model import model_with
 from pipeline.recipe import InputError, Recipe
 from pipeline.resumable import ResumableTrainer
 from pipeline.scoring import score_rows
+from pipeline.sharding import is_divided
 from pipeline.tasks import run_tasks
 from pipeline.text_files import read_text
 
@@ -88,17 +90,26 @@ class EvaluatingTrainer(ResumableTrainer):
     def _run_tasks(self, names: list[str]) -> dict[str, dict[str, float]]:
         """Run tasks in the main process; the others wait for as long as it takes."""
         self._beat()
-        is_main = self._processes.is_main
+        model, is_main = self._model_for_main(), self._processes.is_main
         awaited = contextlib.nullcontext() if is_main else self._watchdog.paused()
         with self._aside("evaluation.tasks_limit"), awaited:
             return self._processes.told(
                 lambda: run_tasks(
-                    self.model, self.processing_class, names,
+                    model, self.processing_class, names,
                     batch_size=self.args.eval_batch_size,
                     limit=self.recipe.evaluation.tasks_limit, after_batch=self._beat,
                 ),
                 patiently=True,
             )  # fmt: skip
+
+    def _model_for_main(self) -> GPT2LMHeadModel | None:
+        """Return a model that the main process can use alone; all processes must ask."""
+        if not is_divided(self.model):
+            return self.model
+        _, weights = self._training_state.whole_weights()
+        if weights is None:
+            return None
+        return model_with(weights, self.model.config).to(self.args.device)
 
     def _rng_devices(self) -> list[torch.device]:
         return [self.args.device] if self.args.device.type == "cuda" else []

@@ -26,7 +26,7 @@ class Meter:
     """What one run makes of its devices: `world_size` of them, each as fast as this one.
 
     Attributes:
-        flops_per_token: of a training step, see `flops_per_token`.
+        flops_per_token: of a training step, see `pipeline.planning`.
         product_rate: FLOP/s of a large matrix product on this device.
     """
 
@@ -48,33 +48,6 @@ class Meter:
             "mfu": tokens_per_second * self.flops_per_token / self._all_devices_rate,
             "peak_memory_bytes": peak,
         }
-
-
-def flops_per_token(
-    *,
-    parameters: int,
-    layers: int,
-    width: int,
-    block_size: int,
-    trained: int | None = None,
-    still: int = 0,
-    still_layers: int = 0,
-) -> int:
-    """Return the floating-point operations of a training step per token: 6N + 12 L C T.
-
-    Each weight multiplies and adds once forwards and twice backwards (Kaplan et al. 2020): for its
-    input's gradient and for its own; queries meet keys, and probabilities values, over the whole
-    block as PaLM counts it (Chowdhery et al. 2022, appendix B), though half of it is above the
-    diagonal and need not be computed.
-
-    Args:
-        trained: parameters that have a gradient (default: all).
-        still: parameters below all that are trained, which no gradient passes.
-        still_layers: the layers that they are.
-    """
-    trained = parameters if trained is None else trained
-    products = 2 * parameters + 2 * (parameters - still) + 2 * trained
-    return products + 4 * (3 * layers - 2 * still_layers) * width * block_size
 
 
 def product_rate(device: torch.device, precision: str) -> float:

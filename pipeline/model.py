@@ -1,5 +1,6 @@
 """A `GPT2LMHeadModel`, fresh or pretrained, that fits tokenizer and block."""
 
+import copy
 import functools
 import logging
 import math
@@ -218,6 +219,16 @@ class TanhGELU(torch.nn.Module):
         if torch.compiler.is_compiling() and x.device.type == "cpu":
             return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
         return F.gelu(x, approximate="tanh")
+
+
+def model_with(weights: dict[str, torch.Tensor], config: GPT2Config) -> GPT2LMHeadModel:
+    """Return a model of its own with these weights, to be used and not trained."""
+    attention = config._attn_implementation
+    model = GPT2LMHeadModel._from_config(copy.deepcopy(config), attn_implementation=attention)
+    model.load_state_dict(weights, strict=False)  # a tied one is stored once
+    model.tie_weights()
+    _use_fused_activation(model)
+    return model.eval()
 
 
 def load_model(name: str) -> PreTrainedModel:

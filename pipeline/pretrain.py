@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with pusher, run_folder.opened(recipe, options, processes, pusher.finish) as run:
         if not run.finished:
             recipe = preflight.passed(recipe, processes, pusher)
-            data = obtain_run_data(recipe, arguments)
+            data = obtain_run_data(recipe, arguments, processes)
             model = build_model(
                 recipe.model, data.tokenizer, block_size=recipe.data.block_size,
                 seed=arguments.seed, attend_across=recipe.data.attend_across,

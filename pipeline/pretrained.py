@@ -1,5 +1,6 @@
 """The model that a run goes on from: which one it is exactly, and how far it had come."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ def pretrained_config(section: ModelSection) -> GPT2Config:
     if not isinstance(config, GPT2Config):
         raise InputError(f"model.pretrained {name}: is a {config.model_type}, not a GPT-2")
     return config
+
+
+def fetch_weights(section: ModelSection) -> None:
+    """Have the weights of `model.pretrained` in the cache of the Hub's files, if they are there."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        with contextlib.suppress(OSError):  # whoever opens it says what is wrong
+            if cached_file(section.pretrained, file, revision=section.revision) is not None:
+                return
 
 
 def updates_behind(section: ModelSection) -> int:

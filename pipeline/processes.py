@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from pipeline.recipe import InputError
+from pipeline.recipe import InputError, InputErrorTold
 
 T = TypeVar("T")
 
@@ -76,8 +76,8 @@ class Processes:
         """Return in every process what `decide` returns in the main one.
 
         Args:
-            patiently: the others wait for as long as it takes, up to a day; else for as long as for
-                any collective (`ddp_timeout`).
+            patiently: the others wait for as long as it takes; else for as long as for any
+                collective (`ddp_timeout`).
 
         Raises:
             InputError: the main process raised it; then all do.
@@ -95,8 +95,20 @@ class Processes:
         else:
             broadcast_object_list(said, from_process=0)
         if said[1] is not None:
-            raise InputError(said[1])
+            raise InputError(said[1]) if self.is_main else InputErrorTold(said[1])
         return said[0]
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns in each process; the others wait until the main one is done.
+
+        What takes long then happens once: the others find it on the disk.
+
+        Raises:
+            InputError: the main process raised it; then all do.
+        """
+        made: list[T] = []
+        self.told(lambda: made.append(make()), patiently=True)
+        return made[0] if made else make()
 
     def gathered(self, value: T) -> list[T]:
         """Return every process's value, in the order of their ranks."""
@@ -135,6 +147,6 @@ class Processes:
         """A group between the hosts; all processes ask for it first at the same place."""
         if self._group is None:
             # Of its own: a vote must not come between the device's collectives.
-            day = datetime.timedelta(days=1)  # a hang is the watchdog's business
-            self._group = dist.new_group(backend="gloo", timeout=day)
+            month = datetime.timedelta(days=30)  # a hang is the watchdog's business
+            self._group = dist.new_group(backend="gloo", timeout=month)
         return self._group

@@ -41,6 +41,10 @@ class InputError(ValueError):
     """What a person gave cannot work; the message says what, where and the remedy."""
 
 
+class InputErrorTold(InputError):
+    """The main process has met it, and says it; this one was told."""
+
+
 class RunFailed(Exception):
     """A run cannot go on, and no input is to blame; the message says what happened and when."""
 
@@ -57,6 +61,8 @@ class Recipe(Section):
     """Tokens in one optimizer step over all devices; gradient accumulation follows from it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; weights stay fp32 (auto: bf16 where the device has it)."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradients while processes add them up; bf16 halves what is sent, and rounds each."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection
     cleaning: CleaningSection = Field(default_factory=CleaningSection)

@@ -175,12 +175,11 @@ class ResumableTrainer(SavingTrainer):
         Raises:
             RunFailed: there is none, or the recipe wants no more rollbacks.
         """
-        rows, alone = self._rows_of(fault.step), []
-        if not self._is_sharded:
-            own = rows[self._processes.rank :: self._processes.count]
-            batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
-            with torch.compiler.set_stance("force_eager"):  # a batch of one compiles nothing
-                alone = self._processes.gathered(wrong_rows(self.model, batches))
+        rows = self._rows_of(fault.step)
+        own = rows[self._processes.rank :: self._processes.count]
+        batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
+        with torch.compiler.set_stance("force_eager"):  # a batch of one compiles nothing
+            alone = self._processes.gathered(wrong_rows(self.model, batches))
         self._writer.wait()
         folder, limit = Path(self.args.output_dir), self.recipe.faults.rollbacks
         found = self._processes.told(lambda: checkpoint.newest_whole(folder, before=fault.step))

@@ -32,7 +32,8 @@ HARMLESS = (
 
 # These keep the order of rows: a run can go on with the new value.
 APPLIED = (
-    "schedule", "precision", "evaluation", "optimizer.momentum", "optimizer.newton_schulz_steps",
+    "schedule", "precision", "reduce_dtype", "evaluation", "optimizer.momentum",
+    "optimizer.newton_schulz_steps",
     "optimizer.matrix_rate", "model.attn_implementation", "model.config.attn_pdrop",
     "model.config.embd_pdrop", "model.config.resid_pdrop", "training.learning_rate",
     "training.weight_decay", "training.adam", "training.max_grad_norm", "training.max_steps",

@@ -11,6 +11,7 @@ from pipeline.blocks import Rows, open_blocks
 from pipeline.completions import CHAT_TEMPLATE
 from pipeline.corpus import Corpus
 from pipeline.preparation import prepare_blocks, stream_of
+from pipeline.processes import Processes
 from pipeline.recipe import Recipe
 from pipeline.streaming import producing
 from pipeline.tokenizer import obtain_tokenizer
@@ -26,7 +27,7 @@ class RunData(NamedTuple):
     """Training happens inside of it: it keeps a streamed corpus coming."""
 
 
-def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
+def obtain_run_data(recipe: Recipe, arguments: TrainingArguments, processes: Processes) -> RunData:
     """Return the data of a run; what is not prepared yet the main process prepares first.
 
     Raises:
@@ -34,12 +35,16 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
     """
     section, folder = recipe.data, recipe.blocks_dir
     machine.warm_compiler(arguments)
-    with arguments.main_process_first(local=False):
+
+    def prepared() -> tuple[Corpus, PreTrainedTokenizerBase]:
         corpus = Corpus(section, recipe.cleaning, digests=recipe.digests_path)
         tokenizer = obtain_tokenizer(
             recipe.tokenizer, corpus, recipe.tokenizer_dir, model=recipe.model
         )
         prepare_blocks(section, corpus, tokenizer, folder, cleaning=recipe.cleaning)
+        return corpus, tokenizer
+
+    corpus, tokenizer = processes.main_first(prepared)
     if section.example_format == "messages":
         tokenizer.chat_template = CHAT_TEMPLATE  # saved with it; whatever it had before
     rows_per_update = recipe.tokens_per_update // section.block_size
@@ -54,7 +59,8 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments) -> RunData:
     )
     length = max(0, arguments.max_steps) * rows_per_update
     blocks = open_blocks(folder, section, stream=stream, ring=recipe.ring_dir, length=length)
-    is_main = arguments.process_index == 0
     return RunData(
-        tokenizer, blocks, lambda: producing(stream, recipe.ring_dir, is_main_process=is_main)
+        tokenizer,
+        blocks,
+        lambda: producing(stream, recipe.ring_dir, is_main_process=processes.is_main),
     )

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import artifact, interruption, locks
+from pipeline import artifact, failures, interruption, locks
 from pipeline.checkpoint import check_named, checkpoints, chosen
 from pipeline.hub_checkpoint import PLACE as FETCHED
 from pipeline.hub_checkpoint import PREFIX, fetched
 from pipeline.options import PretrainOptions
 from pipeline.processes import Processes
 from pipeline.push_list import LIST, PLACE
-from pipeline.recipe import InputError, Recipe, read_recipe
+from pipeline.recipe import InputError, InputErrorTold, Recipe, RunFailed, read_recipe
 from pipeline.resumption import (
     changes,
     check_allowed,
@@ -155,8 +155,10 @@ def opened(
                 if begun or not aside.exists():
                     if why is not None and (is_main or interruption.reason() is not None):
                         preempted(why)  # the others tell the main process so that it can
-                    elif why is None and is_main:
-                        write("failed", why=f"{type(error).__name__}: {error}".strip())
+                    elif why is None:
+                        told = _what_ended(error, processes, folder)
+                        if told is not None:
+                            write("failed", why=told)
                 if why is not None and begun and is_main:
                     last = checkpoints(folder)[-1:]
                     goes_on = f"from {last[0]}" if last else "anew"
@@ -192,8 +194,25 @@ def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str
         status = read_status(folder)
         if status is not None and status["state"] == "preempted":
             return f"another process was asked to stop: {status.get('why')}"
+        if status is not None and status["state"] == "failed":
+            return None
         time.sleep(0.05)
     return None
+
+
+def _what_ended(error: BaseException, processes: Processes, folder: Path) -> str | None:
+    """Return what the status should say of a failure here; None if another process says it."""
+    words = f"{type(error).__name__}: {error}".strip()
+    is_alone = not failures.another_has_ended(error)
+    if processes.is_main and is_alone:
+        return words
+    # One that fails writes that down before its connections break.
+    if (read_status(folder) or {}).get("state") in ("failed", "finished"):
+        return None
+    if processes.is_main:
+        return f"another process has ended without a word; the main one: {words.split('. ')[0]}"
+    is_told = isinstance(error, InputErrorTold | RunFailed)
+    return f"process {processes.rank}: {words}" if is_alone and not is_told else None
 
 
 def _claim(recipe: Recipe, options: PretrainOptions) -> str:

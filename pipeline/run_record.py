@@ -13,7 +13,7 @@ from pipeline.checkpoint import STATE, checkpoints, step_of
 from pipeline.curves import Panel, panels
 from pipeline.footprint import Footprint, footprint
 from pipeline.gap import Verdict, verdict
-from pipeline.meters import flops_per_token
+from pipeline.planning import flops_per_token
 from pipeline.recipe import InputError
 from pipeline.run_files import CONFIG, HISTORY, METRICS, SAMPLES, STATUS, read_status
 

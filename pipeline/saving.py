@@ -22,6 +22,7 @@ from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
 from pipeline.run_files import SAMPLES
+from pipeline.sharding import is_divided, wanted_sharding
 from pipeline.training_state import TrainingState, tensor_bytes
 from pipeline.watchdog import Watchdog
 
@@ -81,7 +82,7 @@ class SavingTrainer(Trainer):
 
     @property
     def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_deepspeed_enabled
 
     def _check_room(self, found: Path | None) -> None:
         arguments = self.args
@@ -120,7 +121,9 @@ class SavingTrainer(Trainer):
             random_states = self._processes.gathered(self._training_state.random_state())
             if self._processes.is_main:
                 self._writer.wait()  # it reads the copy that is about to be overwritten
+            if self._processes.is_main or is_divided(self.model):
                 files, size = self._training_state.files(random_states)
+            if self._processes.is_main:
                 contents = checkpoint.Contents(files, size, self._origin(), self._facts(windows))
                 self._writer.write(self.state.global_step, contents, best=self._best)
 
@@ -226,6 +229,7 @@ class SavingTrainer(Trainer):
             "processes": {
                 "count": self._processes.count,
                 "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+                "sharding": wanted_sharding(),
             },
             "horizon": self._horizon,
             "threads": torch.get_num_threads(),

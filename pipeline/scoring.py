@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 
 from pipeline.blocks import NO_LABEL
@@ -18,6 +17,7 @@ from pipeline.held_out import HeldOutBatches
 from pipeline.linear_cross_entropy import chunk_rows
 from pipeline.perplexity import Score
 from pipeline.processes import Processes
+from pipeline.sharding import is_divided
 
 # Of a batch, what the model does not take.
 NOT_INPUTS = ("labels", "documents")
@@ -142,7 +142,7 @@ def _logits(
     A GPT-2's head is applied to those alone; whole logits would take 200 kB a token at GPT-2's
     vocabulary. A head that is sharded, or another architecture's, is the model's own business.
     """
-    if isinstance(model, GPT2LMHeadModel) and not isinstance(model.lm_head.weight, DTensor):
+    if isinstance(model, GPT2LMHeadModel) and not is_divided(model):
         hidden = model.transformer(**inputs, use_cache=False).last_hidden_state[:, :-1][wanted]
         return lambda start, end: model.lm_head(hidden[start:end])
     logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]

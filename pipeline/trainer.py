@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import (
@@ -20,7 +25,7 @@ from transformers.trainer_callback import (
     ProgressCallback,
 )
 
-from pipeline import adaptation, artifact
+from pipeline import adaptation, artifact, checkpoint
 from pipeline.blocks import Rows, collate
 from pipeline.callbacks import (
     PerplexityCallback,
@@ -31,16 +36,18 @@ from pipeline.callbacks import (
 from pipeline.evaluating import EvaluatingTrainer, named_texts
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
-from pipeline.meters import Meter, flops_per_token
+from pipeline.meters import Meter
 from pipeline.model import parameter_count
 from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
+from pipeline.planning import flops_per_token
 from pipeline.pretrained import weights_fingerprint
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
-from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.recipe import InputError, Recipe, RunFailed, first_line
 from pipeline.results import measured, measured_tasks
 from pipeline.run_files import SAMPLES
+from pipeline.sharding import wanted_sharding
 from pipeline.tasks import as_logs, check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
 
@@ -126,16 +133,24 @@ class PretrainingTrainer(EvaluatingTrainer):
 
         Raises:
             InputError: the disk is full.
+            RunFailed: the last update has made a weight infinite.
         """
         folder = Path(self.args.output_dir)
-        staging = folder / f"{artifact.STAGING}result"
-        with artifact.full_disk_said(folder):
-            self.save_model(str(staging))
-            if self.args.should_save:
-                for path in staging.iterdir():
-                    os.replace(path, folder / path.name)
-                staging.rmdir()
-        self.accelerator.wait_for_everyone()
+        files = self._training_state.model_files()
+
+        def write() -> None:
+            with artifact.full_disk_said(folder):
+                for name, content in files.items():
+                    staging = folder / f"{artifact.STAGING}{name}"
+                    checkpoint.write_file(staging, content)
+                    os.replace(staging, folder / name)
+
+        try:
+            self._processes.told(write)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise RunFailed(f"the last update was one too many: {error}") from None
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
@@ -238,20 +253,43 @@ class PretrainingTrainer(EvaluatingTrainer):
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Leave compiling to us: accelerate compiles what DDP wraps, which is not one graph."""
+        """Reduce gradients as the recipe says, and leave compiling to us.
+
+        accelerate compiles what DDP wraps, which is not one graph; and with bf16 its FSDP2 would
+        round the weights, the residual stream and the gradients to bf16, unlike DDP: here both
+        compute the same by autocast.
+        """
         arguments = super()._build_accelerator_args(**kwargs)
         if self.args.torch_compile:
             arguments["dynamo_plugin"].backend = DynamoBackend.NO
+        reduced = torch.bfloat16 if self.recipe.reduce_dtype == "bf16" else None
+        if wanted_sharding() == "fsdp2":
+            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+                mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=reduced)
+            )
+        (handler,) = arguments["kwargs_handlers"]
+        handler.gradient_as_bucket_view = True  # else every gradient is there twice
+        # A static graph is recorded in a backward pass that reduces; with accumulation the first
+        # one does not, and if it did, a run that is resumed would round unlike one that is not.
+        handler.static_graph |= self.args.gradient_accumulation_steps == 1
+        if reduced is not None:
+            handler.comm_hook = DDPCommunicationHookType.BF16
         return arguments
 
     def _compile(self) -> None:
         """Compile the model in place, as one graph of fixed shapes: a break in it is a bug.
 
         Its weights keep their names; evaluations and samples run it plain (`torch.compiler`'s
-        stance), so that their shapes compile nothing.
+        stance), so that their shapes compile nothing. Of divided weights each block is a graph:
+        they come and go between the blocks.
         """
         options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-        self.model.compile(fullgraph=True, dynamic=False, **options)
+        options |= {"fullgraph": True, "dynamic": False}
+        if not self.is_fsdp_enabled:
+            self.model.compile(**options)
+            return
+        for block in self.model.transformer.h:
+            block.forward = torch.compile(block.forward, **options)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: Trainer's count leaves out the head and attention (41 % of GPT-2 small)."""
@@ -315,14 +353,12 @@ class PretrainingTrainer(EvaluatingTrainer):
             )
         if self.recipe.generation.prompts:
             samples, written = Path(arguments.output_dir) / SAMPLES, self.recipe.generation
-            self.add_callback(SampleCallback(written, tokenizer, samples, after=self._beat))
-        if section.tasks:
-            if self._is_sharded:
-                raise InputError(
-                    "evaluation.tasks: one process needs the whole model, and the accelerate "
-                    "config shards it (FSDP or DeepSpeed); leave it out, or use "
-                    "accelerate_configs/ddp.yaml"
+            self.add_callback(
+                SampleCallback(
+                    written, tokenizer, samples, model=self._model_for_main, after=self._beat
                 )
+            )
+        if section.tasks:
             positions = self.model.config.n_positions
             self._processes.told(
                 lambda: check_tasks(section.tasks, positions=positions), patiently=True

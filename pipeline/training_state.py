@@ -15,19 +15,20 @@ import logging
 import pickle
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from pipeline import adaptation, artifact
-from pipeline.checkpoint import STATE
+from pipeline.checkpoint import STATE, Files
 from pipeline.recipe import InputError, first_line
+from pipeline.sharding import divided_like, is_divided, whole
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER = "scaler.pt"
@@ -39,11 +40,9 @@ SETTINGS = (
 
 logger = logging.getLogger(__name__)
 
-Files = dict[str, bytes | Callable[[Path], Any]]
-
 
 class TrainingState:
-    """The state of one `Trainer` whose model is held whole by each process."""
+    """The state of one `Trainer`, whatever its weights are divided into."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -53,7 +52,8 @@ class TrainingState:
     def files(self, random_states: list[bytes]) -> tuple[Files, int]:
         """Return the files of a checkpoint under Trainer's names, and about how many bytes.
 
-        They hold what is so now, until this is called again.
+        They hold what is so now, until this is called again. Where the weights are divided all
+        processes must ask; the main one gets the files.
 
         Args:
             random_states: what `random_state` returned in each process.
@@ -64,7 +64,9 @@ class TrainingState:
             "weights": weights,
             "optimizer": trainer.optimizer.state_dict(),
         }
-        self._copy = _copied(tensors, self._copy)
+        self._copy = _copied(tensors, self._copy, keep=trainer.args.process_index == 0)
+        if self._copy is None:
+            return {}, 0
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
@@ -79,6 +81,24 @@ class TrainingState:
         files |= dict(zip(_random_names(len(random_states)), random_states, strict=True))
         rest = sum(len(content) for content in files.values() if isinstance(content, bytes))
         return files, tensor_bytes(self._copy) + rest
+
+    def model_files(self) -> Files:
+        """Return the files that `from_pretrained` opens, as the weights are now.
+
+        Where the weights are divided all processes must ask; the main one gets the files.
+        """
+        file, weights = self.whole_weights()
+        if weights is None:
+            return {}
+        return {**self.unchanging_files(), file: functools.partial(_write_weights, weights)}
+
+    def whole_weights(self) -> tuple[str, dict[str, torch.Tensor] | None]:
+        """Return a copy of the weights in host memory, and the name of their file.
+
+        Where the weights are divided all processes must ask; the main one gets them.
+        """
+        file, weights = adaptation.stored_weights(self._trainer.model)
+        return file, _copied(weights, None, keep=self._trainer.args.process_index == 0)
 
     def random_state(self) -> bytes:
         """Return the state of every generator of this process."""
@@ -101,22 +121,23 @@ class TrainingState:
         Raises:
             InputError: they are another model's, or no such file can be read.
         """
-        model = self._trainer.model
-        file, weights = adaptation.stored_weights(model)
+        file, weights = adaptation.stored_weights(self._trainer.model)
         path = folder / file
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
         try:
-            loaded = load_file(path)
+            with safe_open(path, framework="pt") as stored:
+                found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
+                if found == shapes:
+                    for name, weight in weights.items():
+                        weight.copy_(divided_like(stored.get_tensor(name), weight))
         except Exception as error:  # the Rust library has its own
             raise InputError(f"{path}: cannot be loaded: {_said(error)}") from None
-        shapes = {name: list(weight.shape) for name, weight in weights.items()}
-        for name in [*shapes, *loaded]:
-            there = list(loaded[name].shape) if name in loaded else "missing"
-            if there != shapes.get(name):
+        for name in [*shapes, *found]:
+            if found.get(name) != shapes.get(name):
                 raise InputError(
-                    f"{path}: holds the weights of another model: {name} is {there}, and "
-                    f"{shapes.get(name, 'unknown')} here"
+                    f"{path}: holds the weights of another model: {name} is "
+                    f"{found.get(name, 'missing')}, and {shapes.get(name, 'unknown')} here"
                 )
-        adaptation.put_back(model, loaded)
 
     def put_back_optimizer(self, folder: Path, saved: str | None = None) -> None:
         """Load the optimizer and the place in the schedule; rates and decay are the recipe's.
@@ -140,13 +161,13 @@ class TrainingState:
             raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
         try:
             if saved in (None, self.optimizer_name):
-                optimizer.load_state_dict(_loaded(folder / OPTIMIZER))
+                optimizer.load_state_dict(self._divided(_loaded(folder / OPTIMIZER)))
             else:
                 logger.warning(
                     "the state in %s is that of %s: %s begins without one",
                     folder / OPTIMIZER, saved, self.optimizer_name,
                 )  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -158,6 +179,18 @@ class TrainingState:
         for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
             group.update({**own, "lr": rate})
         scheduler._last_lr = rates
+
+    def _divided(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state with this process's part of what belongs to each weight."""
+        if not is_divided(self._trainer.model):
+            return state
+        groups = self._trainer.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for number, kept in state["state"].items():
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor):
+                    kept[name] = divided_like(value, parameters[number])
+        return state
 
     @property
     def optimizer_name(self) -> str:
@@ -213,7 +246,9 @@ class TrainingState:
         if self._unchanging is None:
             model, output_dir = self._trainer.model, self._trainer.args.output_dir
             config = copy.deepcopy(model.config)
-            config.architectures, config.dtype = [type(model).__name__], model.dtype
+            # FSDP2 gives the model a class of its own.
+            name = type(model).__name__.removeprefix("FSDP")
+            config.architectures, config.dtype = [name], model.dtype
             config.use_cache = True
             with tempfile.TemporaryDirectory(prefix=artifact.STAGING, dir=output_dir) as folder:
                 if adaptation.has_adapter(model):  # the config is that of its base
@@ -235,9 +270,15 @@ def tensor_bytes(tree: Any) -> int:
     return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
-def _copied(tree: Any, last: Any) -> Any:
-    """Return nested dicts and lists with their tensors copied, into those of `last` if they fit."""
+def _copied(tree: Any, last: Any, *, keep: bool = True) -> Any:
+    """Return nested dicts and lists with their tensors copied, into those of `last` if they fit.
+
+    Without `keep` only give other processes the parts of what is divided, and return None.
+    """
     if isinstance(tree, torch.Tensor):
+        tree = whole(tree)
+        if not keep:
+            return None
         on_gpu = tree.device.type == "cuda"
         if not isinstance(last, torch.Tensor) or (last.shape, last.dtype) != (
             tree.shape, tree.dtype
@@ -246,10 +287,12 @@ def _copied(tree: Any, last: Any) -> Any:
         return last.copy_(tree.detach(), non_blocking=on_gpu)
     if isinstance(tree, dict):
         before = last if isinstance(last, dict) else {}
-        return {key: _copied(value, before.get(key)) for key, value in tree.items()}
+        found = {key: _copied(value, before.get(key), keep=keep) for key, value in tree.items()}
+        return found if keep else None
     if isinstance(tree, list | tuple):
         before = last if isinstance(last, list | tuple) and len(last) == len(tree) else ()
-        return type(tree)(_copied(*pair) for pair in itertools.zip_longest(tree, before))
+        found = [_copied(*pair, keep=keep) for pair in itertools.zip_longest(tree, before)]
+        return type(tree)(found) if keep else None
     return copy.deepcopy(tree)
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from conftest import ROOT
 
 from pipeline import pretrain, report, run_folder
 from pipeline.checkpoint import checkpoints, step_of
@@ -135,6 +138,26 @@ def start_ranks(
         )
         for rank in range(count)
     ]  # fmt: skip
+
+
+def divide_weights(**config: str) -> None:
+    """Have the processes share the weights, as under fsdp2.yaml, but on CPUs.
+
+    accelerate knows FSDP on other devices only, and says of several processes on a CPU MULTI_CPU.
+    """
+    given = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+    for name, value in (given["fsdp_config"] | config).items():
+        name = name.upper().replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS")
+        os.environ[name] = str(value)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    made = PartialState.__init__
+
+    def make(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make
 
 
 def before(owner: Any, name: str, act: Callable[..., None]) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from pipeline import adaptation, pretrain
 from pipeline.blocks import Rows
-from pipeline.meters import flops_per_token
 from pipeline.model import build_model, load_model, parameter_count
+from pipeline.planning import flops_per_token
 from pipeline.pretrained import settled
 from pipeline.recipe import InputError, ModelSection, read_recipe
 from pipeline.tokenizer import text_encoder, token_bytes

@@ -29,6 +29,8 @@ WITHOUT_TORCH = (
     "publishing",
     "run_files",
     "space",
+    "planning",
+    "communication",
 )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,8 +33,9 @@ from forked import (
     with_data_of,
 )
 
-from pipeline import artifact, results, run_folder
+from pipeline import artifact, failures, results, run_folder
 from pipeline.interruption import EXIT_CODE
+from pipeline.recipe import InputError
 from pipeline.trainer import PretrainingTrainer
 
 pytestmark = pytest.mark.slow
@@ -221,7 +223,12 @@ def test_a_process_that_is_killed_ends_the_others_in_seconds(smoke_recipe, strai
     ("is_asked", "code", "state", "why"),
     [
         (True, EXIT_CODE, "preempted", "another process was asked to stop: SIGTERM"),
-        (False, 1, "failed", "RuntimeError: "),
+        (
+            False,
+            1,
+            "failed",
+            "another process has ended without a word; the main one: RuntimeError: ",
+        ),
     ],
     ids=["asked", "killed"],
 )
@@ -248,6 +255,38 @@ def test_a_launchers_signal_after_the_connection_broke_changes_nothing(
         assert starter.code(pids[0]) == code
     status = run_folder.read_status(folder)
     assert status["state"] == state and status["why"].startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("hit", "error", "code", "beginning", "why"),
+    [
+        (0, RuntimeError("a bug"), 1, "Traceback ", "RuntimeError: a bug"),
+        (1, RuntimeError("a bug"), 1, "Traceback ", "process 1: RuntimeError: a bug"),
+        (1, InputError("no file"), 2, "error: no file\n", "process 1: InputError: no file"),
+    ],
+)
+def test_what_ended_one_process_is_told_once(
+    smoke_recipe, straight, tmp_path, monkeypatch, hit, error, code, beginning, why
+):
+    def fail() -> None:
+        raise error
+
+    folder, other = with_data_of(straight, tmp_path / "run"), 1 - hit
+    monkeypatch.setattr(failures, "SECONDS_FOR_MAIN", 0.5)
+    with forked() as starter:
+        argv = arguments(smoke_recipe, folder)
+        pids = start(starter, 2, argv, folder, on(hit, at_update, 8, fail))
+        assert starter.code(pids[hit]) == code
+        assert starter.code(pids[other], 10) == 1
+    said = [log_of(folder, rank).read_text() for rank in (0, 1)]
+    name = f"process 1 ({socket.gethostname()}): " if hit else ""
+    assert f"\n{name}{beginning}" in f"\n{said[hit]}"
+    assert "".join(said).count("Traceback") == ("Traceback" in beginning)
+    assert said[other].endswith(
+        f"process {other}: ends because another process has ended; its output, or the "
+        "launcher's, says why\n"
+    )
+    assert run_folder.read_status(folder)["why"] == why
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -54,7 +54,8 @@ def fields(model, prefix=""):
 
 
 NOT_REFUSED = {
-    "precision": "applied", "optimizer.momentum": "applied", "optimizer.matrix_rate": "applied",
+    "precision": "applied", "reduce_dtype": "applied", "optimizer.momentum": "applied",
+    "optimizer.matrix_rate": "applied",
     "optimizer.newton_schulz_steps": "applied", "data.path": "harmless",
     "model.attn_implementation": "applied",
     "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",

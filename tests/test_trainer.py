@@ -30,6 +30,7 @@ from pipeline.callbacks import TrainingProgressCallback
 from pipeline.model import build_model
 from pipeline.options import PretrainOptions
 from pipeline.pretrained import settled
+from pipeline.processes import Processes
 from pipeline.recipe import InputError, read_recipe
 from pipeline.run_data import obtain_run_data
 from pipeline.trainer import PretrainingTrainer
@@ -40,7 +41,7 @@ def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTra
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     recipe = read_recipe(recipe_path, {"training.output_dir": str(folder), **dotted})
     recipe, arguments = training_arguments(settled(recipe))
-    data = obtain_run_data(recipe, arguments)
+    data = obtain_run_data(recipe, arguments, Processes(arguments))
     model = build_model(
         recipe.model, data.tokenizer, block_size=recipe.data.block_size, seed=arguments.seed,
         attend_across=recipe.data.attend_across, added_tokens=len(recipe.tokenizer.added_tokens),

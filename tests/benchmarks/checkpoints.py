@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from pipeline import artifact, checkpoint
 from pipeline.arguments import training_arguments
 from pipeline.model import build_model, parameter_count
+from pipeline.processes import Processes
 from pipeline.recipe import read_recipe
 from pipeline.run_data import obtain_run_data
 from pipeline.trainer import PretrainingTrainer
@@ -34,7 +35,7 @@ def make_trainer(folder: Path, **overrides) -> PretrainingTrainer:
     recipe = read_recipe(ROOT / "recipes" / "smoke.yaml", given | overrides)
     recipe, arguments = training_arguments(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    data = obtain_run_data(recipe, arguments)
+    data = obtain_run_data(recipe, arguments, Processes(arguments))
     model = build_model(
         recipe.model, data.tokenizer, block_size=recipe.data.block_size, seed=arguments.seed
     )

@@ -29,7 +29,7 @@ import training_inputs
 from training_arms import LEVERS, ON_CPU_ONLY, Job, work
 from training_tables import about_this_run, print_tables
 
-from pipeline.meters import flops_per_token
+from pipeline.planning import flops_per_token
 
 GPT2 = {"vocabulary": 50257, "batch": 16, "block": 1024}
 SMALL = {"vocabulary": 4096}

@@ -1,0 +1,254 @@
+"""What a run takes, before it runs: parameters, operations, memory, and the topology that fits.
+
+Arithmetic on a GPT-2's shape alone. What of it could be measured on a CPU is: the bytes kept for
+the backward pass come out to the byte (`tests/test_planning.py`).
+"""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """What sets the size of a GPT-2; names as in its config in words."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int = 50257
+    positions: int = 1024
+
+
+# Radford et al. 2019, table 2; by the parameters that they really have, in millions.
+SIZES = {
+    "124M": Shape(12, 768, 12),
+    "355M": Shape(24, 1024, 16),
+    "774M": Shape(36, 1280, 20),
+    "1558M": Shape(48, 1600, 25),
+}
+
+FP32, HALF = 4, 2  # bytes; half is bf16 or fp16
+ADAMW_BYTES = 8  # a parameter: both averages in fp32
+# A share of a device's memory that nothing of ours takes: CUDA's context, NCCL's buffers, holes
+# between allocations. An assumption; nothing here could measure it.
+KEPT_FREE = 0.1
+# Of `pipeline.linear_cross_entropy`, logits held at a time, and of `pipeline.attention`, queries at
+# a time of `blockwise_causal`: those rooms cost torch, so a test keeps these the same.
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+QUERIES = 128
+# What the processes divide instead of each holding it whole (Rajbhandari et al. 2020, section 5).
+DIVIDED = {
+    "none": (),
+    "ddp": (),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer"),
+    "fsdp2": ("weights", "gradients", "optimizer"),
+}
+# DeepSpeed's defaults (docs, config-json): reduce_bucket_size and stage3_max_live_parameters.
+ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
+
+
+def parameters_by_part(shape: Shape) -> dict[str, int]:
+    """Return how many parameters each part has; the head is the embedding."""
+    layers, width = shape.layers, shape.width
+    return {
+        "embedding": shape.vocabulary * width,
+        "positions": shape.positions * width,
+        "attention": layers * (4 * width**2 + 4 * width),  # queries, keys, values; projection
+        "mlp": layers * (8 * width**2 + 5 * width),  # to four times the width, and back
+        "norms": layers * 4 * width + 2 * width,
+    }
+
+
+def parameters(shape: Shape) -> int:
+    """Return how many parameters the model has, the tied embedding once."""
+    return sum(parameters_by_part(shape).values())
+
+
+def flops_per_token(
+    *,
+    parameters: int,
+    layers: int,
+    width: int,
+    block_size: int,
+    trained: int | None = None,
+    still: int = 0,
+    still_layers: int = 0,
+) -> int:
+    """Return the floating-point operations of a training step per token: 6N + 12 L C T.
+
+    Each weight multiplies and adds once forwards and twice backwards (Kaplan et al. 2020): for its
+    input's gradient and for its own; queries meet keys, and probabilities values, over the whole
+    block as PaLM counts it (Chowdhery et al. 2022, appendix B), though half of it is above the
+    diagonal and need not be computed.
+
+    Args:
+        trained: parameters that have a gradient (default: all).
+        still: parameters below all that are trained, which no gradient passes.
+        still_layers: the layers that they are.
+    """
+    trained = parameters if trained is None else trained
+    products = 2 * parameters + 2 * (parameters - still) + 2 * trained
+    return products + 4 * (3 * layers - 2 * still_layers) * width * block_size
+
+
+def training_flops(shape: Shape, block_size: int) -> int:
+    """Return the floating-point operations of a training step per token, all parameters trained."""
+    return flops_per_token(
+        parameters=parameters(shape), layers=shape.layers, width=shape.width, block_size=block_size
+    )
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def activation_bytes(
+    shape: Shape,
+    *,
+    rows: int,
+    block_size: int,
+    precision: str = "bf16",
+    is_checkpointed: bool = False,
+    is_blockwise: bool = False,
+    has_bf16_stream: bool = False,
+) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass.
+
+    Each layer keeps, per token, C values of each norm's input (of the residual stream, r bytes
+    each) and 14 C values of what products and the activation take (s bytes each): the attention's
+    input C, queries, keys and values 3 C, its output C; the MLP's input C, and 4 C on either side
+    of the activation. That is 36 C bytes in bf16 (r 4, s 2) and 64 C in fp32. Compiled (inductor,
+    CPU) it came to the same within a thousandth.
+
+    Args:
+        rows: of a batch, each of `block_size` tokens.
+        precision: bf16 or fp16 (autocast), or fp32.
+        is_checkpointed: gradient checkpointing: each layer keeps its input alone, and one layer
+            at a time the rest.
+        is_blockwise: attention is `blockwise_causal`, which keeps probabilities and copies.
+        has_bf16_stream: the residual stream is bf16 too, as it is where the weights that the layers
+            see are (FSDP2, DeepSpeed); autocast leaves it in fp32.
+    """
+    tokens, width = rows * block_size, shape.width
+    product = _product_bytes(precision)
+    stream = HALF if has_bf16_stream else FP32
+    norm = 2 * FP32  # mean and reciprocal deviation
+    layer = tokens * (2 * (stream * width + norm) + 14 * product * width)
+    if is_blockwise:
+        # Each query sees the keys up to its part's end: fp32 probabilities, and what multiplies the
+        # values; a mask for all rows and heads; and the keys and values seen, copied for each part.
+        ends = [min(end, block_size) for end in range(QUERIES, block_size + QUERIES, QUERIES)]
+        starts = range(0, block_size, QUERIES)
+        seen = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
+        layer += seen * (rows * shape.heads * (FP32 + product * (product < FP32)) + 1)
+        layer += 2 * product * rows * width * (sum(ends) - block_size)
+    else:
+        layer += tokens * FP32 * shape.heads  # the fused kernel's log-sum-exp
+    last = tokens * (8 + stream * width + norm + product * width)  # ids, last norm, loss's gradient
+    if is_checkpointed:
+        return shape.layers * stream * tokens * width + layer + last
+    return shape.layers * layer + last
+
+
+def _product_bytes(precision: str) -> int:
+    return FP32 if precision == "fp32" else HALF
+
+
+def loss_bytes(shape: Shape, *, tokens: int, precision: str = "bf16", device: str = "cuda") -> int:
+    """Return the most bytes that the head and its loss hold: a chunk of logits, and its weight's.
+
+    The weight's gradient is made with the loss and kept for the backward pass; in bf16 the weight
+    and a chunk's part of the gradient are there in bf16 as well.
+    """
+    rows = CHUNK_BYTES[device] // (FP32 * shape.vocabulary)
+    rows = 1 << max(rows.bit_length() - 1, 5)
+    product = _product_bytes(precision)
+    # The logits, in fp32, and their log-softmax in fp32; the error of the chunk before.
+    logit = product + FP32 + FP32 * (product < FP32) + product * (tokens > rows)
+    weight = FP32 + (2 * product if product < FP32 else product)
+    return shape.vocabulary * (min(rows, tokens) * logit + shape.width * weight)
+
+
+def memory_by_part(
+    shape: Shape,
+    *,
+    rows: int,
+    block_size: int,
+    precision: str = "bf16",
+    topology: str = "none",
+    devices: int = 1,
+    device: str = "cuda",
+    is_accumulating: bool = True,
+    is_checkpointed: bool = False,
+    is_blockwise: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that each device holds at most, by part: an upper bound, for not all of
+    them are there at the same time.
+
+    Args:
+        topology: none, ddp, fsdp2, zero2 or zero3, over `devices`. DeepSpeed's two are by its
+            paper and its documented defaults; they were not run.
+        is_accumulating: an update has several batches. FSDP2 then holds gradients whole in fp32,
+            since accelerate reduces them once per update (`set_requires_gradient_sync`).
+    """
+    count, sizes = parameters(shape), parameters_by_part(shape)
+    divided = {part: devices if part in DIVIDED[topology] else 1 for part in _WHOLE}
+    held = {part: -(-count * bytes // divided[part]) for part, bytes in _WHOLE.items()}
+    low = _product_bytes(precision)
+    block = (count - sizes["embedding"] - sizes["positions"]) // shape.layers
+    rest = sizes["embedding"] + sizes["positions"]
+    buffers = copies = 0
+    if topology == "ddp":
+        buffers = FP32 * count  # the buckets are not the gradients (gradient_as_bucket_view)
+    if topology in ("none", "ddp") and precision != "fp32":
+        copies = HALF * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
+    if topology == "fsdp2":
+        # Two blocks (this and the next) and the embedding are whole, one gather is under way.
+        copies = low * (2 * block + rest + max(block, rest))
+        buffers = FP32 * max(block, rest)  # what is being scattered
+        held["gradients"] += FP32 * (count if is_accumulating else max(block, rest))
+    if topology in ("zero2", "zero3"):
+        held["gradients"] = -(-low * count // devices)
+        buffers = low * min(ZERO_BUCKET, count)
+        held["weights"] = -(-FP32 * count // devices) * (precision != "fp32")
+        whole = low * count
+        held["weights"] += whole if topology == "zero2" else -(-whole // devices)
+        copies = low * min(ZERO_LIVE, count) * (topology == "zero3")
+    is_low = topology in ("fsdp2", "zero2", "zero3") and precision != "fp32"
+    return held | {
+        "buffers": buffers,
+        "copies": copies,
+        "activations": activation_bytes(
+            shape, rows=rows, block_size=block_size, precision=precision,
+            is_checkpointed=is_checkpointed, is_blockwise=is_blockwise, has_bf16_stream=is_low,
+        ),
+        "loss": loss_bytes(shape, tokens=rows * block_size, precision=precision, device=device),
+    }  # fmt: skip
+
+
+_WHOLE = {"weights": FP32, "gradients": FP32, "optimizer": ADAMW_BYTES}
+
+
+def largest_rows(
+    shape: Shape, *, memory_bytes: float, block_size: int, topology: str, devices: int
+) -> int:
+    """Return the largest power of two of rows that a bf16 batch can have on each device, or 0."""
+    usable, rows = memory_bytes * (1 - KEPT_FREE), 1
+    held = {"block_size": block_size, "topology": topology, "devices": devices}
+    while sum(memory_by_part(shape, rows=rows, **held).values()) <= usable:
+        rows *= 2
+    return rows // 2
+
+
+def fitting(
+    shape: Shape, *, devices: int, memory_bytes: float, rows: int, block_size: int
+) -> str | None:
+    """Return the accelerate config to take: the one that communicates least of those that fit.
+
+    single_gpu, ddp or fsdp2 (DeepSpeed's ZeRO-3 divides the same), or None where no batch of `rows`
+    rows fits.
+    """
+    order = {"ddp": "ddp", "fsdp2": "fsdp2"} if devices > 1 else {"none": "single_gpu"}
+    fit = {"memory_bytes": memory_bytes, "block_size": block_size, "devices": devices}
+    for topology, config in order.items():
+        if largest_rows(shape, topology=topology, **fit) >= rows:
+            return config
+    return None
