@@ -96,14 +96,13 @@ def stored_weights(model: torch.nn.Module) -> tuple[str, dict[str, torch.Tensor]
 
     Of a model with an adapter only that, under peft's names.
     """
-    parameters = model.state_dict(keep_vars=True)
-    weights = {name: weight.detach() for name, weight in parameters.items()}
+    weights = model.state_dict(keep_vars=True)
     if has_adapter(model):
         own = {name: weight for name, weight in weights.items() if ".lora_" in name}
         return ADAPTER_WEIGHTS, {_name_in_file(name): weight for name, weight in own.items()}
     first: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        first.setdefault(id(parameter), name)
+    for name, weight in weights.items():
+        first.setdefault(id(weight), name)
     return WEIGHTS, {name: weights[name] for name in first.values()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from pipeline import attention, launch, machine
+from pipeline import attention, launch, machine, zero
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.processes import join_after_restart
@@ -124,6 +124,11 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")
         stated["torch_compile"] = False
+    if wanted_sharding() == "deepspeed":
+        zero.check(recipe, precision=precision)
+        if stated.get("torch_compile"):
+            logger.warning("torch_compile: DeepSpeed's hooks break the graph; going on without")
+            stated["torch_compile"] = False
     patience = recipe.evaluation.early_stopping_patience
     for file in recipe.evaluation.texts.values():
         if not read_text(Path(file), errors=recipe.data.errors):
@@ -161,6 +166,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from None
+    zero.make_models_whole()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or one process divides batches over all GPUs
     logger.info(launch.came(arguments))
     if recipe.reduce_dtype == "bf16" and arguments.world_size > 1:

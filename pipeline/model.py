@@ -259,7 +259,11 @@ def load_model(name: str) -> PreTrainedModel:
 
 def parameter_count(model: GPT2LMHeadModel, *, trained: bool = False) -> int:
     """Return the number of parameters, or of those that are trained, the tied embedding once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    return sum(
+        getattr(p, "ds_numel", p.numel())
+        for p in model.parameters()
+        if p.requires_grad or not trained
+    )
 
 
 def _fresh_config(

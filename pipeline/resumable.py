@@ -270,6 +270,8 @@ class ResumableTrainer(SavingTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Look at what the update would be made of; this is the last call before it is made."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            norm = math.inf  # its engine makes the update in the backward pass, or none of that
         self._guard.look(
             self.state.global_step + 1,
             grad_norm=norm,

@@ -6,8 +6,6 @@ at each method.
 
 import logging
 import math
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback
 
-from pipeline import adaptation, artifact, checkpoint, resumption
+from pipeline import adaptation, artifact, checkpoint, resumption, zero
 from pipeline.clock import Clock
 from pipeline.guard import Guard
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
 from pipeline.run_files import SAMPLES
-from pipeline.sharding import is_divided, wanted_sharding
+from pipeline.sharding import wanted_sharding
 from pipeline.training_state import TrainingState, tensor_bytes
 from pipeline.watchdog import Watchdog
 
@@ -46,7 +44,6 @@ class SavingTrainer(Trainer):
         self.recipe = recipe
         self._processes = processes or Processes(arguments)
         self._pusher = pusher or Pusher(recipe, self._processes)
-        self._staging: Path | None = None
         self._clock = Clock(recipe.tokens_per_update)
         self._spent: dict[str, float] = {}
         self._watchdog = Watchdog(
@@ -80,10 +77,6 @@ class SavingTrainer(Trainer):
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
 
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_deepspeed_enabled
-
     def _check_room(self, found: Path | None) -> None:
         arguments = self.args
         if found is not None:
@@ -114,41 +107,14 @@ class SavingTrainer(Trainer):
         self._name_best()
         with self._clock.paused():
             self._watchdog.beat(f"saving after update {self.state.global_step}")
-            if self._is_sharded:
-                self._save_shards(model, trial)
-                return
             windows = self._processes.gathered(self._tr_loss.item())
             random_states = self._processes.gathered(self._training_state.random_state())
             if self._processes.is_main:
                 self._writer.wait()  # it reads the copy that is about to be overwritten
-            if self._processes.is_main or is_divided(self.model):
-                files, size = self._training_state.files(random_states)
+            files, size = self._training_state.files(random_states)
             if self._processes.is_main:
                 contents = checkpoint.Contents(files, size, self._origin(), self._facts(windows))
                 self._writer.write(self.state.global_step, contents, best=self._best)
-
-    def _save_shards(self, model: torch.nn.Module, trial: Any) -> None:
-        """Stage what each process holds, sync, rename; training waits for it."""
-        started, folder = time.perf_counter(), Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = folder / f"{artifact.STAGING}shards"
-        if self._processes.is_main:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
-        self._name_best()  # Trainer has put down the place where it was staged
-        windows = self._processes.gathered(self._tr_loss.item())
-        if self._processes.is_main:
-            self.state.save_to_json(str(staging / name / checkpoint.STATE))
-            artifact.commit(staging / name, folder / name, self._origin(), self._facts(windows))
-            shutil.rmtree(staging)
-            self._pusher.offer(folder / name)
-            checkpoint.rotate(folder, keep=self.args.save_total_limit, best=self._best)
-            logger.info("saved %s; training waited %.1f s", name, time.perf_counter() - started)
-        self.accelerator.wait_for_everyone()
 
     def _finish_writing_alone(self) -> None:
         with self._watchdog.paused():
@@ -176,31 +142,44 @@ class SavingTrainer(Trainer):
         wrong = self._processes.told(lambda: artifact.damage(self._best))
         if wrong:
             logger.error("the best checkpoint is lost: %s; the result is the last update's", wrong)
-        elif self._is_sharded:
-            super()._load_best_model()
         else:  # Trainer's own warns of the tied head
             self._training_state.put_back_weights(self._best)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Keep in mind which weights are in which group: DeepSpeed joins them."""
+        optimizer = super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            groups = optimizer.param_groups
+            self._training_state.groups = [list(group["params"]) for group in groups]
+        return optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, Any]:
+        """Load a checkpoint as without DeepSpeed: Trainer would ask for one of DeepSpeed's own."""
+        found = resume_from_checkpoint
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, found)
+        zero.compute_by_autocast(self.accelerator)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if found is not None:
+            self._load_from_checkpoint(found)
+            self._load_optimizer_and_scheduler(found)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights from safetensors and nothing else; Trainer takes pickles as well."""
-        if self._is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._training_state.put_back_weights(Path(resume_from_checkpoint))
+        self._training_state.put_back_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, with the recipe's rates; Trainer goes on without a word if one is gone."""
-        if self._is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
+        if checkpoint is not None:
             saved = self._resumed.get("optimizer")
             self._training_state.put_back_optimizer(Path(checkpoint), saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators, also with another number of processes."""
-        if self._is_sharded:
-            super()._load_rng_state(checkpoint)
-        elif checkpoint is not None:
+        if checkpoint is not None:
             self._training_state.put_back_random_state(Path(checkpoint))
 
     def _load_callback_state(self) -> None:
@@ -209,9 +188,6 @@ class SavingTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience = self.recipe.evaluation.early_stopping_patience
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
 
     @property
     def _tokens_seen(self) -> int:

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline import zero
+
 # What accelerate's launcher tells the processes that it starts.
 _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 
@@ -24,12 +26,28 @@ def wanted_sharding() -> str | None:
 
 def is_divided(model: torch.nn.Module) -> bool:
     """Whether no process holds all of the model's weights, so that all must use it together."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or any(map(zero.is_divided, model.parameters()))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with the parts of all processes; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return zero.whole(tensor) if zero.holds(tensor) else tensor
+
+
+def whole_shape(weight: torch.Tensor) -> list[int]:
+    """Return the shape of a weight, of which this process may hold a part."""
+    return list(getattr(weight, "ds_shape", weight.shape))
+
+
+@torch.no_grad()
+def put(weight: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a weight, or this process's part of it, a value that all processes hold."""
+    if zero.holds(weight):
+        zero.put(weight, value)
+    else:
+        weight.copy_(divided_like(value, weight))
 
 
 def divided_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers.trainer_callback import (
     ProgressCallback,
 )
 
-from pipeline import adaptation, artifact, checkpoint
+from pipeline import adaptation, artifact, checkpoint, zero
 from pipeline.blocks import Rows, collate
 from pipeline.callbacks import (
     PerplexityCallback,
@@ -116,6 +116,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             )
         except (ValueError, ImportError, RuntimeError) as error:
             raise InputError(f"training: {first_line(error)}") from None
+        zero.make_models_whole()  # Trainer has told transformers again
         if arguments.torch_compile:
             self._compile()
         assert self._loss_shifts_labels  # else the loss is divided by the wrong number of tokens

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from pipeline import adaptation, artifact
+from pipeline import adaptation, artifact, zero
 from pipeline.checkpoint import STATE, Files
 from pipeline.recipe import InputError, first_line
-from pipeline.sharding import divided_like, is_divided, whole
+from pipeline.sharding import divided_like, is_divided, put, whole, whole_shape
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER = "scaler.pt"
@@ -47,6 +47,7 @@ class TrainingState:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._copy: Any = None
+        self.groups: list[list[torch.nn.Parameter]] = []
         self._unchanging: dict[str, bytes] | None = None
 
     def files(self, random_states: list[bytes]) -> tuple[Files, int]:
@@ -62,7 +63,7 @@ class TrainingState:
         file, weights = adaptation.stored_weights(trainer.model)
         tensors = {
             "weights": weights,
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
         }
         self._copy = _copied(tensors, self._copy, keep=trainer.args.process_index == 0)
         if self._copy is None:
@@ -123,13 +124,13 @@ class TrainingState:
         """
         file, weights = adaptation.stored_weights(self._trainer.model)
         path = folder / file
-        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        shapes = {name: whole_shape(weight) for name, weight in weights.items()}
         try:
             with safe_open(path, framework="pt") as stored:
                 found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}
                 if found == shapes:
                     for name, weight in weights.items():
-                        weight.copy_(divided_like(stored.get_tensor(name), weight))
+                        put(weight, stored.get_tensor(name))
         except Exception as error:  # the Rust library has its own
             raise InputError(f"{path}: cannot be loaded: {_said(error)}") from None
         for name in [*shapes, *found]:
@@ -161,7 +162,7 @@ class TrainingState:
             raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
         try:
             if saved in (None, self.optimizer_name):
-                optimizer.load_state_dict(self._divided(_loaded(folder / OPTIMIZER)))
+                self._put_back_optimizer_state(_loaded(folder / OPTIMIZER))
             else:
                 logger.warning(
                     "the state in %s is that of %s: %s begins without one",
@@ -180,6 +181,17 @@ class TrainingState:
             group.update({**own, "lr": rate})
         scheduler._last_lr = rates
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self._trainer.is_deepspeed_enabled:
+            return zero.optimizer_state(self._trainer.optimizer.optimizer, self.groups)
+        return self._trainer.optimizer.state_dict()
+
+    def _put_back_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            zero.put_back_optimizer_state(self._trainer.optimizer.optimizer, self.groups, state)
+        else:
+            self._trainer.optimizer.load_state_dict(self._divided(state))
+
     def _divided(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state with this process's part of what belongs to each weight."""
         if not is_divided(self._trainer.model):
@@ -196,7 +208,9 @@ class TrainingState:
     def optimizer_name(self) -> str:
         """The class of the optimizer, without what wraps it."""
         optimizer = self._trainer.optimizer
-        return type(getattr(optimizer, "optimizer", optimizer)).__name__
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return type(optimizer).__name__
 
     def put_back_random_state(self, folder: Path) -> None:
         """Restore this process's generators; of a process that is new, as the first one's.
@@ -275,6 +289,8 @@ def _copied(tree: Any, last: Any, *, keep: bool = True) -> Any:
 
     Without `keep` only give other processes the parts of what is divided, and return None.
     """
+    if callable(tree):
+        tree = tree()
     if isinstance(tree, torch.Tensor):
         tree = whole(tree)
         if not keep:
