@@ -175,7 +175,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
                 "reduce_dtype: bf16 gradients between whole models need CUDA GPUs (NCCL); leave "
                 "it out here"
             )
-    arguments.gradient_accumulation_steps = gradient_accumulation_steps(
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = share_of_update(
         recipe.tokens_per_update,
         block_size=recipe.data.block_size,
         batch_size=arguments.per_device_train_batch_size,
@@ -229,25 +229,30 @@ def _check_pushing(stated: dict[str, Any]) -> None:
         raise InputError(f"training.{names[0]} has a meaning with training.push_to_hub only")
 
 
-def gradient_accumulation_steps(
+def share_of_update(
     tokens_per_update: int, *, block_size: int, batch_size: int, world_size: int
-) -> int:
-    """Return how many batches each process adds up in one update of `tokens_per_update` tokens.
+) -> tuple[int, int]:
+    """Return how many rows each process takes at once, and how often in one update.
+
+    `batch_size` is the most that it takes at once: where so many processes share an update that
+    each has fewer rows, it takes these.
 
     Raises:
         InputError: it does not come out even; the nearest budgets that do are named.
     """
-    tokens_per_batch = block_size * batch_size * world_size
-    steps, rest = divmod(tokens_per_update, tokens_per_batch)
-    if rest or not steps:
-        nearest = sorted({max(1, steps) * tokens_per_batch, (steps + 1) * tokens_per_batch})
+    row, batch = block_size * world_size, block_size * batch_size * world_size
+    size, named = batch, f"training.per_device_train_batch_size {batch_size} x "
+    if tokens_per_update < batch:
+        size, named = row, ""
+    count, rest = divmod(tokens_per_update, size)
+    if rest or not count:
+        nearest = sorted({max(1, count) * size, (count + 1) * size})
         raise InputError(
             f"tokens_per_update is {tokens_per_update}, which is not a multiple of data.block_size "
-            f"{block_size} x training.per_device_train_batch_size {batch_size} x {world_size} "
-            f"process(es) = {tokens_per_batch}; the nearest that are: "
+            f"{block_size} x {named}{world_size} process(es) = {size}; the nearest that are: "
             f"{' and '.join(str(n) for n in nearest)}"
         )
-    return steps
+    return (batch_size, count) if size == batch else (count, 1)
 
 
 def remedy(error: BaseException, recipe: Recipe, arguments: TrainingArguments) -> str | None:

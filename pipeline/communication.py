@@ -53,7 +53,7 @@ def traffic(
     devices: int,
     accumulation: int = 1,
     reduce_bytes: int = FP32,
-    gather_bytes: int = HALF,
+    gather_bytes: int | None = None,
 ) -> Traffic:
     """Return what each device sends in an update, by ring algorithms.
 
@@ -68,8 +68,10 @@ def traffic(
         topology: none, ddp, fsdp2, zero2 or zero3.
         accumulation: batches of an update on each device.
         reduce_bytes: of a gradient on its way: fp32 4, bf16 2.
-        gather_bytes: of a weight on its way.
+        gather_bytes: of a weight on its way (default: FSDP2's are fp32, for autocast to round as it
+            does with DDP; DeepSpeed's are bf16).
     """
+    gather_bytes = gather_bytes or (FP32 if topology == "fsdp2" else HALF)
     share = (devices - 1) / devices
     count, sizes = parameters(shape), parameters_by_part(shape)
     ends = sizes["embedding"] + sizes["positions"]

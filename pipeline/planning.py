@@ -198,11 +198,11 @@ def memory_by_part(
     buffers = copies = 0
     if topology == "ddp":
         buffers = FP32 * count  # the buckets are not the gradients (gradient_as_bucket_view)
-    if topology in ("none", "ddp") and precision != "fp32":
+    if topology in ("none", "ddp", "fsdp2") and precision != "fp32":
         copies = HALF * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
     if topology == "fsdp2":
         # Two blocks (this and the next) and the embedding are whole, one gather is under way.
-        copies = low * (2 * block + rest + max(block, rest))
+        copies += FP32 * (2 * block + rest + max(block, rest))
         buffers = FP32 * max(block, rest)  # what is being scattered
         held["gradients"] += FP32 * (count if is_accumulating else max(block, rest))
     if topology in ("zero2", "zero3"):
@@ -212,7 +212,7 @@ def memory_by_part(
         whole = low * count
         held["weights"] += whole if topology == "zero2" else -(-whole // devices)
         copies = low * min(ZERO_LIVE, count) * (topology == "zero3")
-    is_low = topology in ("fsdp2", "zero2", "zero3") and precision != "fp32"
+    is_low = topology in ("zero2", "zero3") and precision != "fp32"
     return held | {
         "buffers": buffers,
         "copies": copies,

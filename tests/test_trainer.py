@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from pipeline import checkpoint, run_folder
-from pipeline.arguments import OWNED, gradient_accumulation_steps, training_arguments
+from pipeline.arguments import OWNED, share_of_update, training_arguments
 from pipeline.blocks import NO_LABEL, Rows
 from pipeline.callbacks import TrainingProgressCallback
 from pipeline.model import build_model
@@ -588,23 +588,29 @@ def test_the_gradient_is_clipped(smoke_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "block", "batch", "world", "steps"),
-    [(2048, 128, 16, 1, 1), (2048, 128, 4, 2, 2), (524288, 1024, 32, 8, 2), (512, 32, 8, 1, 2)],
-)
-def test_accumulation_follows_from_the_budget(budget, block, batch, world, steps):
-    assert steps == gradient_accumulation_steps(
-        budget, block_size=block, batch_size=batch, world_size=world
-    )
+    ("budget", "block", "batch", "world", "share"),
+    [
+        (2048, 128, 16, 1, (16, 1)), (2048, 128, 4, 2, (4, 2)), (524288, 1024, 32, 8, (32, 2)),
+        (512, 32, 8, 1, (8, 2)), (2048, 128, 16, 2, (8, 1)), (524288, 1024, 32, 512, (1, 1)),
+    ],
+)  # fmt: skip
+def test_batch_and_accumulation_follow_from_the_budget(budget, block, batch, world, share):
+    found = share_of_update(budget, block_size=block, batch_size=batch, world_size=world)
+    assert found == share
 
 
 @pytest.mark.parametrize(
-    ("budget", "nearest"), [(2000, "1024 and 2048"), (100, "1024"), (1025, "1024 and 2048")]
-)
-def test_a_budget_that_does_not_divide_names_those_that_do(budget, nearest):
+    ("budget", "world", "size", "nearest"),
+    [
+        (2000, 1, 1024, "1024 and 2048"), (1025, 1, 1024, "1024 and 2048"), (100, 1, 128, "128"),
+        (1000, 3, 384, "768 and 1152"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_does_not_divide_names_those_that_do(budget, world, size, nearest):
     with pytest.raises(
-        InputError, match=rf"multiple of .* = 1024; the nearest that are: {nearest}"
+        InputError, match=rf"multiple of .* = {size}; the nearest that are: {nearest}"
     ):
-        gradient_accumulation_steps(budget, block_size=128, batch_size=8, world_size=1)
+        share_of_update(budget, block_size=128, batch_size=8, world_size=world)
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))
