@@ -29,6 +29,7 @@ logging.getLogger("accelerate.accelerator").addFilter(
 )
 
 STAGES = ("1", "2", "3")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")  # what they keep of a weight has its shape
 
 Groups = Sequence[Sequence[torch.nn.Parameter]]
 
@@ -61,6 +62,7 @@ def check(recipe: Recipe, *, precision: str) -> None:
     unlike = {
         "precision: fp16": precision == "fp16",
         "reduce_dtype: bf16": recipe.reduce_dtype == "bf16",
+        "training.optim": recipe.training.get("optim", OPTIMIZERS[0]) not in OPTIMIZERS,
         "model.frozen_blocks": recipe.model.frozen_blocks > 0,
         "faults.rollbacks": recipe.faults.rollbacks > 0,
     }
@@ -140,7 +142,7 @@ def optimizer_state(zero: Any, groups: Groups) -> dict[str, Any]:
 
     _link(zero, groups)
     step, names = None, ()
-    for state in zero.optimizer.state.values():
+    for state in filter(None, zero.optimizer.state.values()):
         step, names = state["step"], [name for name in state if name != "step"]
     numbered = list(_numbered(groups))
     state = {

@@ -69,10 +69,11 @@ def test_a_config_that_contradicts_the_recipe_is_refused(
         {
             "model.pretrained": "gpt2",
             "model.config": None,
-            "tokenizer": None,
+            "tokenizer": {},
             "model.frozen_blocks": 1,
         },
         {"faults.rollbacks": 1},
+        {"training.optim": "adafactor"},
         {"reduce_dtype": "bf16"},
     ],
 )
