@@ -16,13 +16,16 @@ from pydantic import ValidationError
 from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.options import RecipeOptions
-from pipeline.recipe import InputError, Recipe, RunFailed, read_recipe, sentence_of
+from pipeline.recipe import CutOff, InputError, Recipe, RunFailed, read_recipe, sentence_of
 from pipeline.sections import Section
 
 # What gloo and NCCL say when the process at the other end is gone.
 CONNECTION_LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
 )  # fmt: skip
+
+# What gloo says when a collective has taken `training.ddp_timeout`.
+NO_ANSWER = "Timed out waiting"
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -82,7 +85,7 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
             sys.stderr.write(f"error: {error}\n")
         code = 2
     except RunFailed as error:
-        if is_main_process:
+        if is_main_process or isinstance(error, CutOff):
             sys.stderr.write(f"error: {error}\n")
         code = 1
     except Preempted:
@@ -97,12 +100,15 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
     except SystemExit:
         raise
     except BaseException as error:
-        if "RANK" in os.environ and any(words in str(error) for words in CONNECTION_LOST):
+        rank = os.environ.get("RANK")
+        if rank is not None and any(words in str(error) for words in CONNECTION_LOST):
             # It has a traceback of its own; ours would only hide that.
-            rank = os.environ["RANK"]
             sys.stderr.write(f"process {rank}: ends because another process has ended\n")
         else:
             traceback.print_exc()
+            if rank is not None and NO_ANSWER in str(error):
+                why = "another process has not answered for training.ddp_timeout"
+                sys.stderr.write(f"process {rank}: {why}\n")
         code = 1
     sys.stdout.flush()
     sys.exit(code or 0)
