@@ -50,14 +50,29 @@ def join(backend: str, *, timeout: float = 1800.0) -> None:
         own = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=patience)
     except dist.DistError as error:
-        said = os.environ
-        raise CutOff(
-            f"process {said['RANK']} of {said['WORLD_SIZE']} (machine {said.get('GROUP_RANK', 0)}, "
-            f"{socket.gethostname()}) has no connection to the others: {first_line(error)}; see "
-            "that --main_process_ip is an address of machine 0 that all of them reach (a name may "
-            "mean 127.0.0.1 there), that no firewall stands between them, and that each has its "
-            "interface to the others in GLOO_SOCKET_IFNAME, if it is set"
-        ) from None
+        raise CutOff(_alone(first_line(error))) from None
+
+
+def _alone(why: str) -> str:
+    """Return the sentence of a process that has found no other."""
+    said = os.environ
+    machine = f"machine {said.get('GROUP_RANK', 0)}, {socket.gethostname()}"
+    sentence = (
+        f"process {said['RANK']} of {said['WORLD_SIZE']} ({machine}) has no connection to the "
+        f"others: {why}"
+    )
+    if _are_on_one_machine():
+        return sentence
+    return (
+        f"{sentence}; see that --main_process_ip is an address of machine 0 that every machine "
+        "reaches (a name may mean 127.0.0.1 there), that no firewall stands between them, and that "
+        f"GLOO_SOCKET_IFNAME, here {said.get('GLOO_SOCKET_IFNAME')}, names this one's interface to "
+        "the others"
+    )
+
+
+def _are_on_one_machine() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
 
 
 def _choose_interface() -> None:
@@ -66,8 +81,7 @@ def _choose_interface() -> None:
     By itself it takes the address that the host's own name has, and many systems give that name
     127.0.0.1: no address for another machine.
     """
-    there = os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
-    if there and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if not _are_on_one_machine() and "GLOO_SOCKET_IFNAME" not in os.environ:
         name = interface_to(os.environ["MASTER_ADDR"])
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name

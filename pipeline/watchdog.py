@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from pipeline.processes import ATTEMPT
-
 # After one process has said where it hangs, the others get so long to say it too.
 SECONDS_FOR_OTHERS = 3.0
 
@@ -42,8 +40,7 @@ class Watchdog:
         if count > 1:
             # A connection of its own: the training's is in use while that waits for another.
             store = dist.distributed_c10d._get_default_store().clone()
-            attempt = os.environ.get(ATTEMPT, "0")
-            self._store = dist.PrefixStore(f"watchdog {attempt}", store)
+            self._store = dist.PrefixStore("watchdog", store)
 
     def beat(self, where: str) -> None:
         """Say that the process goes on, and with what."""

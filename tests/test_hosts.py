@@ -304,6 +304,7 @@ def test_a_process_that_reaches_no_other_says_so_on_its_own_machine(
         assert f"error: process {rank} of 2 (machine {rank}, " in said, said
         assert "has no connection to the others" in said and "Traceback" not in said
         assert "--main_process_ip is an address of machine 0" in said
+        assert f"GLOO_SOCKET_IFNAME, here cable{rank}, names" in said
 
 
 def test_the_interface_is_the_one_that_leads_to_the_main_process(hosts, tmp_path):
