@@ -52,14 +52,14 @@ class Hosts:
 
     def __init__(self) -> None:
         self.names = [f"host{rank}-{os.getpid()}" for rank in (0, 1)]
-        for rank, name in enumerate(self.names):
+
+    def build(self) -> None:
+        for name in self.names:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-            if rank == 0:
-                far = ("peer", "name", "cable1", "netns", self.names[0])
-                ip("-n", name, "link", "add", "cable0", "type", "veth", *far)
-            else:
-                ip("-n", self.names[0], "link", "set", "cable1", "netns", name)
+        first, second = self.names
+        far = ("type", "veth", "peer", "name", "cable1", "netns", second)
+        ip("-n", first, "link", "add", "cable0", *far)
         for rank, name in enumerate(self.names):
             ip("-n", name, "addr", "add", f"{self.addresses[rank]}/24", "dev", f"cable{rank}")
         self.join()
@@ -80,7 +80,7 @@ class Hosts:
 
     def remove(self) -> None:
         for name in self.names:
-            with contextlib.suppress(subprocess.CalledProcessError):
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
                 for pid in ip("netns", "pids", name).split():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
@@ -93,14 +93,13 @@ def ip(*words: str) -> str:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
+    made = Hosts()
     try:
-        ip("netns", "list")
-        made = Hosts()
+        made.build()
+        yield made
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         pytest.skip(f"two machines need `ip netns` of iproute2, and the rights of root: {said}")
-    try:
-        yield made
     finally:
         made.remove()
 
