@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from pipeline import attention, launch, machine, zero
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
-from pipeline.processes import join_after_restart
+from pipeline.processes import join
 from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.sharding import wanted_sharding
@@ -78,6 +78,7 @@ _SMALLEST = {
     "adam_epsilon": (0, "above"),
     "weight_decay": (0, "at least"),
     "max_grad_norm": (0, "at least"),
+    "ddp_timeout": (0, "above"),
 }
 
 
@@ -89,6 +90,7 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
     Raises:
         InputError: a field is ours, a value is refused by transformers, or the device lacks
             the precision.
+        CutOff: the other processes cannot be reached.
     """
     stated = dict(recipe.training)
     for name in stated:
@@ -160,7 +162,10 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
         defaults["greater_is_better"] = False
     if on_cpu:  # before TrainingArguments sets what only a launcher has set until here
         machine.prepare_cpu()
-    join_after_restart(stated.get("ddp_backend") or ("gloo" if on_cpu else "nccl"))
+    join(
+        stated.get("ddp_backend") or ("gloo" if on_cpu else "nccl"),
+        timeout=stated.get("ddp_timeout", TrainingArguments.ddp_timeout),
+    )
     try:
         arguments = TrainingArguments(**{**defaults, **stated, **derived})
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # its package may be missing

@@ -18,6 +18,7 @@ from pipeline.help_text import help_text
 from pipeline.interruption import EXIT_CODE, Preempted, ignore
 from pipeline.options import RecipeOptions
 from pipeline.recipe import (
+    CutOff,
     InputError,
     InputErrorTold,
     Recipe,
@@ -86,7 +87,7 @@ def enter(main: Callable[[], int | None]) -> typing.NoReturn:
         failures.say(f"error: {error}\n", error, is_common=isinstance(error, InputErrorTold))
         code = 2
     except RunFailed as error:
-        failures.say(f"error: {error}\n", error, is_common=True)
+        failures.say(f"error: {error}\n", error, is_common=not isinstance(error, CutOff))
         code = 1
     except Preempted:
         ignore()

@@ -15,6 +15,9 @@ CONNECTION_LOST = (
     "Connection was likely closed", "failed to recv, got 0 bytes",
 )  # fmt: skip
 
+# What gloo says when a collective has taken `training.ddp_timeout`.
+NO_ANSWER = "Timed out waiting"
+
 # The number of a process, as torchrun and `accelerate`, or MPI, give it.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -71,8 +74,10 @@ def say_unexpected(error: BaseException) -> None:
             "launcher's, says why\n"
         )
         return
-    # At once: the lines of several processes must not mix.
-    say("".join(traceback.format_exception(error)), error)
+    text = "".join(traceback.format_exception(error))
+    if "RANK" in os.environ and NO_ANSWER in str(error):
+        text += f"process {rank()}: another process has not answered for training.ddp_timeout\n"
+    say(text, error)  # at once: the lines of several processes must not mix
 
 
 def _write_for_launcher(error: BaseException) -> None:

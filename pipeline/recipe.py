@@ -49,6 +49,10 @@ class RunFailed(Exception):
     """A run cannot go on, and no input is to blame; the message says what happened and when."""
 
 
+class CutOff(RunFailed):
+    """No other process can be reached: each says it, on its own machine's screen."""
+
+
 def first_line(error: BaseException) -> str:
     """Return what a library's error says in its first line, to be put into a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from pipeline.processes import ATTEMPT
-
 # After one process has said where it hangs, the others get so long to say it too.
 SECONDS_FOR_OTHERS = 3.0
 
@@ -40,9 +38,9 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._store = None
         if count > 1:
-            store = dist.distributed_c10d._get_default_store()
-            attempt = os.environ.get(ATTEMPT, "0")
-            self._store = dist.PrefixStore(f"watchdog {attempt}", store)
+            # A connection of its own: the training's is in use while that waits for another.
+            store = dist.distributed_c10d._get_default_store().clone()
+            self._store = dist.PrefixStore("watchdog", store)
 
     def beat(self, where: str) -> None:
         """Say that the process goes on, and with what."""
@@ -94,17 +92,14 @@ class Watchdog:
         sys.stderr.write(f"\nerror: {why}; where each of its threads is:\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        # The store may be kept by the very process that is frozen: asking it then never returns.
         said: list[str] = []
-        asking = threading.Thread(target=lambda: said.append(self._others()), daemon=True)
-        asking.start()
-        asking.join(SECONDS_FOR_OTHERS)
+        # The store may be kept by the very process that is frozen, or beyond a broken network.
+        _try(lambda: said.append(self._others()))
         others = said[0] if said else "; the process that keeps the store does not answer"
         sys.stderr.write(f"process {self._rank}{others or ': no other is behind'}\n")
         sys.stderr.flush()
         why += others
-        with contextlib.suppress(Exception):
-            self.last_words(why)
+        _try(lambda: self.last_words(why))  # the folder may be beyond the network, too
         if self._count > 1:
             time.sleep(SECONDS_FOR_OTHERS)
         os._exit(1)
@@ -125,3 +120,15 @@ class Watchdog:
             elif int(beats) < self._beats:
                 said.append(f"process {rank} is behind, in {where}")
         return "".join(f"; {one}" for one in said)
+
+
+def _try(act: Callable[[], None]) -> None:
+    """Do what may fail, or never return."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            act()
+
+    trying = threading.Thread(target=attempt, daemon=True)
+    trying.start()
+    trying.join(SECONDS_FOR_OTHERS)

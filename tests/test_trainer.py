@@ -645,6 +645,7 @@ def test_what_is_derived_is_not_stated(smoke_recipe, tmp_path, name):
         ({"training.per_device_train_batch_size": 0}, "must be at least 1"),
         ({"training.save_total_limit": 1}, "training.save_total_limit: must be at least 2"),
         ({"training.seed": -1}, "training.seed: must be at least 0"),
+        ({"training.ddp_timeout": 0}, "training.ddp_timeout: must be above 0"),
         ({"training.eval_strategy": "sometimes"}, "training: .*sometimes"),
         ({"training.optim": "adamw_torhc"}, "training: .*adamw_torhc"),
         (
