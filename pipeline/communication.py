@@ -5,7 +5,7 @@ Arithmetic, before a run. Latency is not counted: the figures are for large mess
 
 from typing import NamedTuple
 
-from pipeline.planning import FP32, HALF, Shape, parameters, parameters_by_part, training_flops
+from pipeline.planning import FP32, Shape, parameters, parameters_by_part, training_flops
 
 # The share of a forward and backward pass that is the backward's: two of three products.
 BACKWARD = 2 / 3
@@ -53,7 +53,6 @@ def traffic(
     devices: int,
     accumulation: int = 1,
     reduce_bytes: int = FP32,
-    gather_bytes: int | None = None,
 ) -> Traffic:
     """Return what each device sends in an update, by ring algorithms.
 
@@ -62,16 +61,13 @@ def traffic(
     for the forward and again for the backward pass of every batch, the embedding once, and scatters
     gradients once per update. ZeRO-3 gathers like it and scatters after every batch; ZeRO-2
     scatters after every batch and gathers the new weights once (Rajbhandari et al. 2020, section
-    7).
+    7). Weights travel in fp32, for autocast to round as it does with DDP.
 
     Args:
         topology: none, ddp, fsdp2, zero2 or zero3.
         accumulation: batches of an update on each device.
         reduce_bytes: of a gradient on its way: fp32 4, bf16 2.
-        gather_bytes: of a weight on its way (default: FSDP2's are fp32, for autocast to round as it
-            does with DDP; DeepSpeed's are bf16).
     """
-    gather_bytes = gather_bytes or (FP32 if topology == "fsdp2" else HALF)
     share = (devices - 1) / devices
     count, sizes = parameters(shape), parameters_by_part(shape)
     ends = sizes["embedding"] + sizes["positions"]
@@ -82,9 +78,9 @@ def traffic(
         "zero2": (1, accumulation, 1),
         "zero3": (2 * accumulation, accumulation, 2 * accumulation),
     }[topology]
-    gathered = share * gather_bytes * (gathers * (count - ends) + of_ends * ends)
+    gathered = share * FP32 * (gathers * (count - ends) + of_ends * ends)
     reduced = share * reduce_bytes * reduces * count
-    last = share * ends * (gather_bytes * of_ends + reduce_bytes * reduces)
+    last = share * ends * (FP32 * of_ends + reduce_bytes * reduces)
     return Traffic(gathered, reduced, last)
 
 

@@ -108,14 +108,13 @@ def activation_bytes(
     precision: str = "bf16",
     is_checkpointed: bool = False,
     is_blockwise: bool = False,
-    has_bf16_stream: bool = False,
 ) -> int:
     """Return the bytes that a forward pass keeps for the backward pass.
 
-    Each layer keeps, per token, C values of each norm's input (of the residual stream, r bytes
+    Each layer keeps, per token, C values of each norm's input (of the residual stream, 4 bytes
     each) and 14 C values of what products and the activation take (s bytes each): the attention's
     input C, queries, keys and values 3 C, its output C; the MLP's input C, and 4 C on either side
-    of the activation. That is 36 C bytes in bf16 (r 4, s 2) and 64 C in fp32. Compiled (inductor,
+    of the activation. That is 36 C bytes in bf16 (s 2) and 64 C in fp32. Compiled (inductor,
     CPU) it came to the same within a thousandth.
 
     Args:
@@ -124,14 +123,11 @@ def activation_bytes(
         is_checkpointed: gradient checkpointing: each layer keeps its input alone, and one layer
             at a time the rest.
         is_blockwise: attention is `blockwise_causal`, which keeps probabilities and copies.
-        has_bf16_stream: the residual stream is bf16 too, as it is where the weights that the layers
-            see are (FSDP2, DeepSpeed); autocast leaves it in fp32.
     """
     tokens, width = rows * block_size, shape.width
     product = _product_bytes(precision)
-    stream = HALF if has_bf16_stream else FP32
     norm = 2 * FP32  # mean and reciprocal deviation
-    layer = tokens * (2 * (stream * width + norm) + 14 * product * width)
+    layer = tokens * (2 * (FP32 * width + norm) + 14 * product * width)
     if is_blockwise:
         # Each query sees the keys up to its part's end: fp32 probabilities, and what multiplies the
         # values; a mask for all rows and heads; and the keys and values seen, copied for each part.
@@ -142,9 +138,9 @@ def activation_bytes(
         layer += 2 * product * rows * width * (sum(ends) - block_size)
     else:
         layer += tokens * FP32 * shape.heads  # the fused kernel's log-sum-exp
-    last = tokens * (8 + stream * width + norm + product * width)  # ids, last norm, loss's gradient
+    last = tokens * (8 + FP32 * width + norm + product * width)  # ids, last norm, loss's gradient
     if is_checkpointed:
-        return shape.layers * stream * tokens * width + layer + last
+        return shape.layers * FP32 * tokens * width + layer + last
     return shape.layers * layer + last
 
 
@@ -185,20 +181,19 @@ def memory_by_part(
 
     Args:
         topology: none, ddp, fsdp2, zero2 or zero3, over `devices`. DeepSpeed's two are by its
-            paper and its documented defaults; they were not run.
+            paper and its documented defaults, with bf16 by autocast; not measured on GPUs.
         is_accumulating: an update has several batches. FSDP2 then holds gradients whole in fp32,
             since accelerate reduces them once per update (`set_requires_gradient_sync`).
     """
     count, sizes = parameters(shape), parameters_by_part(shape)
     divided = {part: devices if part in DIVIDED[topology] else 1 for part in _WHOLE}
     held = {part: -(-count * bytes // divided[part]) for part, bytes in _WHOLE.items()}
-    low = _product_bytes(precision)
     block = (count - sizes["embedding"] - sizes["positions"]) // shape.layers
     rest = sizes["embedding"] + sizes["positions"]
     buffers = copies = 0
     if topology == "ddp":
         buffers = FP32 * count  # the buckets are not the gradients (gradient_as_bucket_view)
-    if topology in ("none", "ddp", "fsdp2") and precision != "fp32":
+    if precision != "fp32":
         copies = HALF * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
     if topology == "fsdp2":
         # Two blocks (this and the next) and the embedding are whole, one gather is under way.
@@ -206,19 +201,15 @@ def memory_by_part(
         buffers = FP32 * max(block, rest)  # what is being scattered
         held["gradients"] += FP32 * (count if is_accumulating else max(block, rest))
     if topology in ("zero2", "zero3"):
-        held["gradients"] = -(-low * count // devices)
-        buffers = low * min(ZERO_BUCKET, count)
-        held["weights"] = -(-FP32 * count // devices) * (precision != "fp32")
-        whole = low * count
-        held["weights"] += whole if topology == "zero2" else -(-whole // devices)
-        copies = low * min(ZERO_LIVE, count) * (topology == "zero3")
-    is_low = topology in ("zero2", "zero3") and precision != "fp32"
+        held["weights"] += -(-FP32 * count // devices)  # those that AdamW works on are others
+        buffers = FP32 * min(ZERO_BUCKET, count)
+        copies += FP32 * min(ZERO_LIVE, count) * (topology == "zero3")
     return held | {
         "buffers": buffers,
         "copies": copies,
         "activations": activation_bytes(
             shape, rows=rows, block_size=block_size, precision=precision,
-            is_checkpointed=is_checkpointed, is_blockwise=is_blockwise, has_bf16_stream=is_low,
+            is_checkpointed=is_checkpointed, is_blockwise=is_blockwise,
         ),
         "loss": loss_bytes(shape, tokens=rows * block_size, precision=precision, device=device),
     }  # fmt: skip

@@ -130,7 +130,7 @@ def train(updates: int) -> None:
     for topology, batches, reduce_bytes in CASES:
         model = made(shape, topology, reduce_bytes)
         found = counted(lambda: update(model, topology, batches))  # noqa: B023
-        asked = {"accumulation": batches, "reduce_bytes": reduce_bytes, "gather_bytes": FP32}
+        asked = {"accumulation": batches, "reduce_bytes": reduce_bytes}
         of_one = traffic(shape, topology=topology, devices=count, **asked)
         if rank == 0:
             computed = of_one.gathered + of_one.reduced
