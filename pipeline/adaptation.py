@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel
 from transformers.utils import cached_file
 
@@ -112,15 +111,6 @@ def save_adapter_config(model: torch.nn.Module, folder: Path) -> None:
     trains, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = trains
-
-
-def save_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Write the adapter so that peft, and transformers with it, open the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter_config(model, folder)
-    name, weights = stored_weights(model)
-    weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
-    save_file(weights, folder / name, metadata={"format": "pt"})
 
 
 def is_adapter(name: str) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from transformers import GPT2LMHeadModel, TrainingArguments
 
 from pipeline import machine
@@ -114,7 +115,7 @@ def _update(
     ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
     is_tall = [one.shape[0] > one.shape[1] for one in weights]
     stacked = torch.stack([a.mT if tall else a for a, tall in zip(ahead, is_tall, strict=True)])
-    found = orthogonalized(stacked, steps=steps).to(weights[0].dtype)
+    found = _orthogonalized_together(stacked, steps=steps).to(weights[0].dtype)
     updates = [u.mT if tall else u for u, tall in zip(found, is_tall, strict=True)]
     adjusted = rate * RMS_OF_ADAMW * math.sqrt(max(weights[0].shape))
     keep = 1 - rate * decay
@@ -124,6 +125,30 @@ def _update(
         keep = 1 - rate * decay * made
     torch._foreach_mul_(weights, keep)
     torch._foreach_add_(weights, updates, alpha=-adjusted)
+
+
+def _orthogonalized_together(matrices: torch.Tensor, *, steps: int) -> torch.Tensor:
+    """Return `orthogonalized` of matrices that all processes hold; each makes its share of them.
+
+    It costs the same however small an update's share is, so that every process would do it alike.
+    """
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    share = -(-len(matrices) // count)
+    if share == len(matrices):
+        return orthogonalized(matrices, steps=steps)
+    start = dist.get_rank() * share
+    own = matrices[start : start + share]
+    dtype = _dtype_of_products(matrices.device)
+    made = matrices.new_zeros(share, *matrices.shape[1:], dtype=dtype)
+    if len(own):
+        made[: len(own)] = orthogonalized(own, steps=steps)
+    everyones = made.new_empty(count * share, *made.shape[1:])
+    dist.all_gather_into_tensor(everyones, made)
+    return everyones[: len(matrices)]
+
+
+def _dtype_of_products(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if machine.has_bf16(device.type) else torch.float32
 
 
 def orthogonalized(matrices: torch.Tensor, *, steps: int) -> torch.Tensor:
@@ -136,7 +161,7 @@ def orthogonalized(matrices: torch.Tensor, *, steps: int) -> torch.Tensor:
         matrices: [count, rows, columns], rows <= columns.
         steps: of the iteration.
     """
-    x = matrices.bfloat16() if machine.has_bf16(matrices.device.type) else matrices.float()
+    x = matrices.to(_dtype_of_products(matrices.device))
     x = x / x.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT

@@ -237,21 +237,13 @@ class PretrainingTrainer(EvaluatingTrainer):
         with self._clock.waiting_for("data"):
             return super().get_batch_samples(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save what a stock `from_pretrained` should see: use_cache on, no pickled arguments."""
-        use_cache, self.model.config.use_cache = self.model.config.use_cache, True
-        try:
-            if adaptation.has_adapter(self.model):
-                folder = Path(output_dir or self.args.output_dir)
-                adaptation.save_adapter(self.model, folder)
-                self.model.generation_config.save_pretrained(folder)
-                self.processing_class.save_pretrained(folder)
-            else:
-                super()._save(output_dir, state_dict)
-        finally:
-            self.model.config.use_cache = use_cache
-        # A pickle that a stranger cannot load safely, and that holds any token that was given.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+    def _get_num_items_in_batch(self, batches: list, device: torch.device) -> torch.Tensor | None:
+        """Know how many labels an update has where each row is full; Trainer asks all processes."""
+        data = self.recipe.data
+        is_full = data.packing == "concatenate" and data.attend_across
+        if not is_full or self.train_dataset.is_marked:
+            return super()._get_num_items_in_batch(batches, device)
+        return torch.tensor(float(self._rows_per_update * (data.block_size - 1)), device=device)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Reduce gradients as the recipe says, and leave compiling to us.

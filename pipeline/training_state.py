@@ -65,11 +65,9 @@ class TrainingState:
             "weights": weights,
             "optimizer": self._optimizer_state(),
         }
-        self._copy = _copied(tensors, self._copy, keep=trainer.args.process_index == 0)
+        self._copy = self._whole_copy(tensors, self._copy)
         if self._copy is None:
             return {}, 0
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize()  # copies into pinned memory may still be under way
         files: Files = {
             **self.unchanging_files(),
             file: functools.partial(_write_weights, self._copy["weights"]),
@@ -99,7 +97,13 @@ class TrainingState:
         Where the weights are divided all processes must ask; the main one gets them.
         """
         file, weights = adaptation.stored_weights(self._trainer.model)
-        return file, _copied(weights, None, keep=self._trainer.args.process_index == 0)
+        return file, self._whole_copy(weights, None)
+
+    def _whole_copy(self, tree: Any, last: Any) -> Any:
+        copied = _copied(tree, last, keep=self._trainer.args.process_index == 0)
+        if self._trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()  # copies into pinned memory may still be under way
+        return copied
 
     def random_state(self) -> bytes:
         """Return the state of every generator of this process."""

@@ -33,7 +33,7 @@ from forked import (
     with_data_of,
 )
 
-from pipeline import artifact, failures, results, run_folder
+from pipeline import artifact, failures, results, run_data, run_folder
 from pipeline.interruption import EXIT_CODE
 from pipeline.recipe import InputError
 from pipeline.trainer import PretrainingTrainer
@@ -340,6 +340,22 @@ def test_a_number_that_is_none_in_one_process_stops_all_before_the_update(
     assert differences(outcome(folder), outcome(straight)) == []
 
 
+def test_the_others_wait_for_the_preparation_however_long_it_takes(smoke_recipe, tmp_path):
+    folder, rows = tmp_path / "run", tmp_path / "run" / "blocks"
+
+    def hook(rank: int) -> None:
+        def look(*_, **__) -> None:
+            assert rows.exists() == (rank == 1)  # done once, and found by the others
+            time.sleep(8 * (rank == 0))
+
+        before(run_data, "prepare_blocks", look)
+
+    argv = arguments(smoke_recipe, folder, "--training.ddp_timeout", "4")
+    with forked() as starter:
+        said = run(starter, 2, argv, folder, hook)
+    assert "launch: 2 processes" in said[0] and "launch:" not in said[1]
+
+
 # -- another number of processes ------------------------------------------------------------------
 
 
@@ -511,13 +527,17 @@ def test_after_a_kill_the_launcher_goes_on_by_itself(smoke_recipe, straight, tmp
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_compiled_processes_learn_what_plain_ones_do(smoke_recipe, straight, tmp_path, optimizer):
-    """What DDP wraps cannot be compiled as one graph; the model below it can."""
+    """What DDP wraps cannot be compiled as one graph; the model below it can.
+
+    By Muon each process orthogonalises a part of the matrices.
+    """
     compiled = ["--training.torch_compile", "true", "--training.torch_compile_backend", "aot_eager"]
     losses = []
     with forked() as starter:
-        for name, more in (("plain", []), ("compiled", compiled)):
+        for name, count, more in (("alone", 1, []), ("plain", 2, []), ("compiled", 2, compiled)):
             folder = with_data_of(straight, tmp_path / name)
-            argv = [*arguments(smoke_recipe, folder), "--optimizer.name", optimizer, *more]
-            run(starter, 2, argv, folder)
+            argv = [*arguments(smoke_recipe, folder, dropout=0), "--optimizer.name", optimizer]
+            run(starter, count, [*argv, *more], folder)
             losses.append(json.loads((folder / "metrics.json").read_text())["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)

@@ -600,6 +600,16 @@ def test_batch_and_accumulation_follow_from_the_budget(budget, block, batch, wor
 
 
 @pytest.mark.parametrize(
+    "values", [{}, {"data__attend_across": False}, {"data__packing": "best_fit"}]
+)
+def test_the_labels_of_an_update_are_as_many_as_it_is_divided_by(smoke_recipe, tmp_path, values):
+    trainer = make_trainer(smoke_recipe, tmp_path, **values)
+    batches = list(itertools.islice(trainer.get_train_dataloader(), 2))
+    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == count
+
+
+@pytest.mark.parametrize(
     ("budget", "world", "size", "nearest"),
     [
         (2000, 1, 1024, "1024 and 2048"), (1025, 1, 1024, "1024 and 2048"), (100, 1, 128, "128"),
@@ -717,7 +727,7 @@ def test_the_attention_of_cpus_is_warned_of_elsewhere(smoke_recipe, tmp_path, mo
     training_arguments(read_recipe(smoke_recipe, values))
     assert "is the faster one on CPUs only" not in caplog.text
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("pipeline.arguments.TrainingArguments", lambda **kwargs: 1 / 0)
+    monkeypatch.setattr("pipeline.arguments.join", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         training_arguments(read_recipe(smoke_recipe, {**values, "training.use_cpu": False}))
     assert "blockwise_causal is the faster one on CPUs only" in caplog.text

@@ -5,8 +5,7 @@ python tests/benchmarks/scaling.py --arms single_gpu.yaml:1 ddp.yaml:8 --weak \
     --recipe recipes/gpt2_small.yaml -- --data.files python:packages --tokenizer.pretrained null ...
 
 An arm is a file of accelerate_configs and a number of processes. The update is the recipe's for all
-arms, and divided by them; with --weak every process has as much of it as the one of the first arm
-has. What follows `--` is laid over the recipe. Counted is the time of the updates after the first.
+arms, and divided by them; with --weak every process has all of it, and the rate is per process. What follows `--` is laid over the recipe. Counted is the time of the updates after the first.
 """
 
 import argparse
@@ -74,16 +73,18 @@ def main() -> None:
                     f"{rates[arm][-1]:,.0f} tokens/s",
                     flush=True,
                 )
-    print("\n| arm | tokens/s | x the first, by round | x the first per process | loss |")
+    print("\n| arm | tokens/s | x the first, by round | median | loss |")
     print("|---|---|---|---|---|")
     first = rates[options.arms[0]]
     for arm, of in rates.items():
         ratios = [one / base for one, base in zip(of, first, strict=True)]
-        share = statistics.median(ratios) / int(arm.split(":")[1])
-        share *= int(options.arms[0].split(":")[1])
+        if options.weak:  # per process
+            ratios = [
+                r * int(options.arms[0].split(":")[1]) / int(arm.split(":")[1]) for r in ratios
+            ]
         print(
             f"| {arm} | {statistics.median(of):,.0f} | {', '.join(f'{r:.2f}' for r in ratios)} | "
-            f"{share:.2f} | {losses[arm]:.4f} |"
+            f"{statistics.median(ratios):.2f} | {losses[arm]:.4f} |"
         )
 
 
