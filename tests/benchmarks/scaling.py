@@ -5,7 +5,8 @@ python tests/benchmarks/scaling.py --arms single_gpu.yaml:1 ddp.yaml:8 --weak \
     --recipe recipes/gpt2_small.yaml -- --data.files python:packages --tokenizer.pretrained null ...
 
 An arm is a file of accelerate_configs and a number of processes. The update is the recipe's for all
-arms, and divided by them; with --weak every process has all of it, and the rate is per process. What follows `--` is laid over the recipe. Counted is the time of the updates after the first.
+arms, and divided by them; with --weak every process has all of it, and the rate is per process.
+What follows `--` is laid over the recipe. Counted is the time of the updates after the first.
 """
 
 import argparse
