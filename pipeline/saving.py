@@ -20,8 +20,8 @@ from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
 from pipeline.run_files import SAMPLES
-from pipeline.sharding import wanted_sharding
-from pipeline.training_state import TrainingState, tensor_bytes
+from pipeline.sharding import tensor_bytes, wanted_sharding
+from pipeline.training_state import TrainingState
 from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,10 @@ memory, from where it is written beside the training: 12 bytes a parameter with 
 for GPT-2 xl. Each process reads such a file for itself and keeps its part.
 """
 
+import copy
+import itertools
 import os
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -58,3 +61,40 @@ def divided_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
     # `None`: every process has read the same; there is nothing to be sent.
     part = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
     return part.clone()  # else it would keep the whole one
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Return the bytes of all tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        return getattr(tree, "ds_numel", tree.numel()) * tree.element_size()
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+def whole_copy(tree: Any, last: Any, *, keep: bool = True) -> Any:
+    """Return nested dicts and lists with their tensors copied, into those of `last` if they fit.
+
+    Without `keep` only give other processes the parts of what is divided, and return None.
+    """
+    if callable(tree):
+        tree = tree()
+    if isinstance(tree, torch.Tensor):
+        tree = whole(tree)
+        if not keep:
+            return None
+        on_gpu = tree.device.type == "cuda"
+        if not isinstance(last, torch.Tensor) or (last.shape, last.dtype) != (
+            tree.shape, tree.dtype
+        ):  # fmt: skip
+            last = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=on_gpu)
+        return last.copy_(tree.detach(), non_blocking=on_gpu)
+    if isinstance(tree, dict):
+        before = last if isinstance(last, dict) else {}
+        found = {key: whole_copy(value, before.get(key), keep=keep) for key, value in tree.items()}
+        return found if keep else None
+    if isinstance(tree, list | tuple):
+        before = last if isinstance(last, list | tuple) and len(last) == len(tree) else ()
+        found = [whole_copy(*pair, keep=keep) for pair in itertools.zip_longest(tree, before)]
+        return type(tree)(found) if keep else None
+    return copy.deepcopy(tree)

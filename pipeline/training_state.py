@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import logging
 import pickle
@@ -28,7 +27,14 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from pipeline import adaptation, artifact, zero
 from pipeline.checkpoint import STATE, Files
 from pipeline.recipe import InputError, first_line
-from pipeline.sharding import divided_like, is_divided, put, whole, whole_shape
+from pipeline.sharding import (
+    divided_like,
+    is_divided,
+    put,
+    tensor_bytes,
+    whole_copy,
+    whole_shape,
+)
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER = "scaler.pt"
@@ -100,7 +106,7 @@ class TrainingState:
         return file, self._whole_copy(weights, None)
 
     def _whole_copy(self, tree: Any, last: Any) -> Any:
-        copied = _copied(tree, last, keep=self._trainer.args.process_index == 0)
+        copied = whole_copy(tree, last, keep=self._trainer.args.process_index == 0)
         if self._trainer.args.device.type == "cuda":
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         return copied
@@ -277,43 +283,6 @@ class TrainingState:
                 self._trainer.processing_class.save_pretrained(folder)
                 self._unchanging = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
         return self._unchanging
-
-
-def tensor_bytes(tree: Any) -> int:
-    """Return the bytes of all tensors in nested dicts, lists and tuples."""
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
-
-
-def _copied(tree: Any, last: Any, *, keep: bool = True) -> Any:
-    """Return nested dicts and lists with their tensors copied, into those of `last` if they fit.
-
-    Without `keep` only give other processes the parts of what is divided, and return None.
-    """
-    if callable(tree):
-        tree = tree()
-    if isinstance(tree, torch.Tensor):
-        tree = whole(tree)
-        if not keep:
-            return None
-        on_gpu = tree.device.type == "cuda"
-        if not isinstance(last, torch.Tensor) or (last.shape, last.dtype) != (
-            tree.shape, tree.dtype
-        ):  # fmt: skip
-            last = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=on_gpu)
-        return last.copy_(tree.detach(), non_blocking=on_gpu)
-    if isinstance(tree, dict):
-        before = last if isinstance(last, dict) else {}
-        found = {key: _copied(value, before.get(key), keep=keep) for key, value in tree.items()}
-        return found if keep else None
-    if isinstance(tree, list | tuple):
-        before = last if isinstance(last, list | tuple) and len(last) == len(tree) else ()
-        found = [_copied(*pair, keep=keep) for pair in itertools.zip_longest(tree, before)]
-        return type(tree)(found) if keep else None
-    return copy.deepcopy(tree)
 
 
 def _copied_state(trainer: Trainer) -> TrainerState:

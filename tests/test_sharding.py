@@ -118,6 +118,22 @@ def test_the_curve_and_the_rows_are_those_of_one_process(runs, other):
     assert rows_kept(other) == rows_kept(one)
 
 
+def test_documents_that_are_kept_apart_are_divided_too(smoke_recipe, tmp_path):
+    """Then rows have labels of other numbers, which all processes must know of."""
+    more = ["--data.attend_across", "false", "--data.packing", "best_fit"]
+    folders = {name: tmp_path / name for name in ("one", "ddp", "fsdp2")}
+    with forked() as starter:
+        for name, folder in folders.items():
+            if name != "one":
+                with_data_of(folders["one"], folder)
+            argv = arguments(smoke_recipe, folder, *more, updates=8, eval_steps=4)
+            hook = divided(folder) if name == "fsdp2" else None
+            run(starter, 1 if name == "one" else 2, argv, folder, hook)
+    for name in ("loss", "eval_loss", "grad_norm"):
+        one, *others = (logged(folder, name, 8) for folder in folders.values())
+        assert others == [pytest.approx(one, abs=1e-5)] * 2
+
+
 def test_what_shared_weights_end_in_is_an_ordinary_folder(runs):
     one, other = runs["one"], runs["fsdp2"]
     assert sorted(p.name for p in other.iterdir()) == sorted(p.name for p in one.iterdir())
