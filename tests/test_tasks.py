@@ -635,14 +635,6 @@ def test_a_task_is_looked_at_before_anything_is_prepared(smoke_recipe, tmp_path)
     assert not (tmp_path / "run" / "blocks").exists()
 
 
-def test_tasks_need_the_whole_model(smoke_recipe, tmp_path, task_files, monkeypatch):
-    from pipeline.saving import SavingTrainer
-
-    monkeypatch.setattr(SavingTrainer, "_is_sharded", property(lambda self: True))
-    with pytest.raises(InputError, match="evaluation.tasks: one process needs the whole model"):
-        make_trainer(smoke_recipe, tmp_path, **with_tasks(task_files))
-
-
 @pytest.mark.parametrize("given", ["a, b,c.yaml", ["a", "b,c.yaml"], ["a", "b", "c.yaml"]])
 def test_tasks_in_a_recipe(smoke_recipe, given):
     values = {"evaluation.tasks": given, "evaluation.tasks_steps": 5}
@@ -680,9 +672,12 @@ def test_a_compiled_model_is_not_compiled_for_them(smoke_recipe, tmp_path, task_
 
 
 @pytest.mark.slow
-def test_of_several_processes_one_runs_them_and_the_others_wait(smoke_recipe, tmp_path, task_files):
-    """For longer than a process may be silent."""
-    from forked import forked, history, start_ranks
+@pytest.mark.parametrize("is_divided", [False, True], ids=["DDP", "FSDP2"])
+def test_of_several_processes_one_runs_them_and_the_others_wait(
+    smoke_recipe, tmp_path, task_files, is_divided
+):
+    """For longer than a process may be silent; where they share the weights, on a copy."""
+    from forked import divide_weights, forked, history, start_ranks
 
     from pipeline import evaluating as room
 
@@ -695,6 +690,8 @@ def test_of_several_processes_one_runs_them_and_the_others_wait(smoke_recipe, tm
             return run_tasks(model, tokenizer, names, after_batch=after_batch, **options)
 
         room.run_tasks = slow
+        if is_divided:
+            divide_weights()
 
     folder = tmp_path / "run"
     argv = ["--config", str(smoke_recipe), "--training.output_dir", str(folder)]
