@@ -47,6 +47,7 @@ OWNED = {
     "dataloader_in_order": "rows keep their order, so that a resumed run finds its place",
     "remove_unused_columns": "batches come finished from the rows",
     "restore_callback_states_from_checkpoint": "a resumed run goes on counting",
+    "average_tokens_across_devices": "the loss is the mean over all tokens of an update",
     "label_smoothing_factor": "perplexity is exp of the plain cross-entropy",
     "use_liger_kernel": "Liger has no kernels for GPT-2",
     "include_num_input_tokens_seen": "tokens_seen stands in every log",
@@ -122,6 +123,11 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             "that line this device is given its own"
         )
     precision = machine.precision(recipe.precision, on_cpu=on_cpu)
+    if precision == "fp16" and wanted_sharding() is not None:
+        raise InputError(
+            "precision: fp16 is not tried where the accelerate config shards the model (FSDP or "
+            "DeepSpeed); use bf16 or fp32, or accelerate_configs/ddp.yaml"
+        )
     launch.check(wanted, precision=precision)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")

@@ -90,9 +90,10 @@ class EvaluatingTrainer(ResumableTrainer):
     def _run_tasks(self, names: list[str]) -> dict[str, dict[str, float]]:
         """Run tasks in the main process; the others wait for as long as it takes."""
         self._beat()
-        model, is_main = self._model_for_main(), self._processes.is_main
+        is_main = self._processes.is_main
         awaited = contextlib.nullcontext() if is_main else self._watchdog.paused()
         with self._aside("evaluation.tasks_limit"), awaited:
+            model = self._model_for_main()
             return self._processes.told(
                 lambda: run_tasks(
                     model, self.processing_class, names,
@@ -110,9 +111,6 @@ class EvaluatingTrainer(ResumableTrainer):
         if weights is None:
             return None
         return model_with(weights, self.model.config).to(self.args.device)
-
-    def _rng_devices(self) -> list[torch.device]:
-        return [self.args.device] if self.args.device.type == "cuda" else []
 
 
 def named_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:

@@ -84,7 +84,8 @@ def read(words: list[str]) -> Asked:
     if file is None and os.path.isfile(default_config_file) and not flags.cpu:
         file = default_config_file
     config = None if file is None else load_config_from_file(file)
-    kind = None if config is None else config.distributed_type.value
+    # Without quotes YAML reads NO as false.
+    kind = None if config is None else getattr(config.distributed_type, "value", "NO")
     by_flag = [n for n in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(flags, n)]
     starts_many = by_flag or kind in ("MULTI_GPU", "FSDP", "DEEPSPEED")
 
@@ -134,7 +135,14 @@ def on_cpu(wanted: Asked, *, by_recipe: bool) -> bool:
     if there_is_none and wanted.devices is not None:
         raise InputError(
             f"the launcher is asked for GPUs ({wanted.devices}), and torch finds none here; "
-            "accelerate_configs/cpu_2.yaml starts several processes on one CPU"
+            "accelerate_configs/cpu_2.yaml starts several processes on one CPU, and "
+            "--training.use_cpu true has any of the configs use CPUs"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise InputError(
+            f"the launcher started {here} processes here, and there are {gpus} GPUs; give "
+            "--num_processes as many as all machines have together"
         )
     return there_is_none
 

@@ -183,7 +183,8 @@ def memory_by_part(
         topology: none, ddp, fsdp2, zero2 or zero3, over `devices`. DeepSpeed's two are by its
             paper and its documented defaults, with bf16 by autocast; not measured on GPUs.
         is_accumulating: an update has several batches. FSDP2 then holds gradients whole in fp32,
-            since accelerate reduces them once per update (`set_requires_gradient_sync`).
+            since accelerate reduces them once per update (`set_requires_gradient_sync`), and DDP
+            holds them beside its buckets.
     """
     count, sizes = parameters(shape), parameters_by_part(shape)
     divided = {part: devices if part in DIVIDED[topology] else 1 for part in _WHOLE}
@@ -192,7 +193,8 @@ def memory_by_part(
     rest = sizes["embedding"] + sizes["positions"]
     buffers = copies = 0
     if topology == "ddp":
-        buffers = FP32 * count  # the buckets are not the gradients (gradient_as_bucket_view)
+        # The buckets are the gradients (gradient_as_bucket_view), but not while they are added up.
+        buffers = FP32 * count * is_accumulating
     if precision != "fp32":
         copies = HALF * (sizes["attention"] + sizes["mlp"])  # autocast's, kept for the backward
     if topology == "fsdp2":

@@ -11,7 +11,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from pipeline.recipe import CutOff, InputError, InputErrorTold, first_line
@@ -161,10 +160,7 @@ class Processes:
                 said = [decide(), None]
             except InputError as error:
                 said = [None, str(error)]
-        if patiently:
-            dist.broadcast_object_list(said, src=0, group=self._hosts)
-        else:
-            broadcast_object_list(said, from_process=0)
+        dist.broadcast_object_list(said, src=0, group=self._hosts if patiently else None)
         if said[1] is not None:
             raise InputError(said[1]) if self.is_main else InputErrorTold(said[1])
         return said[0]

@@ -66,7 +66,7 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; weights stay fp32 (auto: bf16 where the device has it)."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Gradients while processes add them up; bf16 halves what is sent, and rounds each."""
+    """Gradients while processes add them up; with DDP bf16 needs CUDA."""
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection
     cleaning: CleaningSection = Field(default_factory=CleaningSection)

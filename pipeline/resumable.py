@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import trainer as trainer_module
 
 from pipeline import artifact, checkpoint, interruption, resumption
@@ -43,6 +44,7 @@ class ResumableTrainer(SavingTrainer):
         self._order: RowOrder | None = None
         self._seen_step: int | None = None  # the last one that could be logged and saved
         self._is_to_stop = self._owes_save = False
+        self._settled: DistributedDataParallel | None = None
         super().__init__(*given, **parts)
 
     def train_from(
@@ -206,6 +208,9 @@ class ResumableTrainer(SavingTrainer):
         start = update * self._rows_per_update
         return self._order.rows(epoch, start, start + self._rows_per_update).tolist()
 
+    def _rng_devices(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
+
     def _beat(self) -> None:
         self._watchdog.beat(f"the evaluation after update {self.state.global_step}")
 
@@ -260,12 +265,31 @@ class ResumableTrainer(SavingTrainer):
         finally:
             trainer_module.skip_first_batches = walk
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any
+    ) -> torch.Tensor:
         """Time the first update apart (it holds the compilation), and show that we are alive."""
         step = self.state.global_step
         self._watchdog.beat(f"update {step + 1}")
         with self._clock.batch(step):
-            return super().training_step(*args, **kwargs)
+            if isinstance(model, DistributedDataParallel) and self._settled is not model:
+                self._settle(model, inputs, *args)
+            return super().training_step(model, inputs, *args)
+
+    def _settle(self, model: DistributedDataParallel, inputs: dict[str, Any], *args: Any) -> None:
+        """Let DDP find out in which order gradients come, by passes of which nothing is kept.
+
+        It reduces in that order from its third reduction on (without a static graph from its
+        second); a run that is resumed would add up the gradients of three processes or more in
+        another one than a run that is not.
+        """
+        self._settled, reduces = model, model.require_backward_grad_sync
+        model.require_backward_grad_sync = True  # also where batches are added up
+        with torch.random.fork_rng(devices=self._rng_devices()):
+            for _ in range(2):
+                super().training_step(model, dict(inputs), *args)
+        model.require_backward_grad_sync = reduces
+        model.zero_grad()
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Look at what the update would be made of; this is the last call before it is made."""

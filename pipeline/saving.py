@@ -109,8 +109,7 @@ class SavingTrainer(Trainer):
             self._watchdog.beat(f"saving after update {self.state.global_step}")
             windows = self._processes.gathered(self._tr_loss.item())
             random_states = self._processes.gathered(self._training_state.random_state())
-            if self._processes.is_main:
-                self._writer.wait()  # it reads the copy that is about to be overwritten
+            self._finish_writing()  # it reads the copy that is about to be overwritten
             files, size = self._training_state.files(random_states)
             if self._processes.is_main:
                 contents = checkpoint.Contents(files, size, self._origin(), self._facts(windows))
@@ -121,9 +120,9 @@ class SavingTrainer(Trainer):
             self._writer.wait()
 
     def _finish_writing(self) -> None:
-        """Wait for the last checkpoint; the others wait for the main process."""
-        self._finish_writing_alone()
-        self.accelerator.wait_for_everyone()
+        """Wait for the last checkpoint; the others wait for the main process, and a slow disk."""
+        with self._watchdog.paused():
+            self._processes.told(self._writer.wait, patiently=True)
 
     def _name_best(self) -> None:
         """Name the best checkpoint by its number: a run folder may have been moved."""

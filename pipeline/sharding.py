@@ -1,9 +1,9 @@
-"""Weights that are divided over devices (FSDP2): made whole for a file, and divided again.
+"""Weights that are divided over devices: made whole for a file, and divided again.
 
 A checkpoint is the same whatever its run was divided into. What is divided is gathered tensor by
 tensor, so that no device ever holds the whole model, and comes together in the main process's host
 memory, from where it is written beside the training: 12 bytes a parameter with AdamW's state, 19 GB
-for GPT-2 xl. Each process reads such a file for itself and keeps its part.
+or more for GPT-2 xl. Each process maps such a file and keeps its part.
 """
 
 import copy
@@ -72,18 +72,20 @@ def tensor_bytes(tree: Any) -> int:
     return sum(map(tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
-def whole_copy(tree: Any, last: Any, *, keep: bool = True) -> Any:
+def whole_copy(tree: Any, last: Any, *, keep: bool = True, pinned: bool = False) -> Any:
     """Return nested dicts and lists with their tensors copied, into those of `last` if they fit.
 
-    Without `keep` only give other processes the parts of what is divided, and return None.
+    Without `keep` only give other processes the parts of what is divided, and return None. Memory
+    that is taken `pinned` is copied into without waiting for the GPU.
     """
+    options = {"keep": keep, "pinned": pinned}
     if callable(tree):
         tree = tree()
     if isinstance(tree, torch.Tensor):
         tree = whole(tree)
         if not keep:
             return None
-        on_gpu = tree.device.type == "cuda"
+        on_gpu = tree.device.type == "cuda" and pinned
         if not isinstance(last, torch.Tensor) or (last.shape, last.dtype) != (
             tree.shape, tree.dtype
         ):  # fmt: skip
@@ -91,10 +93,10 @@ def whole_copy(tree: Any, last: Any, *, keep: bool = True) -> Any:
         return last.copy_(tree.detach(), non_blocking=on_gpu)
     if isinstance(tree, dict):
         before = last if isinstance(last, dict) else {}
-        found = {key: whole_copy(value, before.get(key), keep=keep) for key, value in tree.items()}
+        found = {key: whole_copy(value, before.get(key), **options) for key, value in tree.items()}
         return found if keep else None
     if isinstance(tree, list | tuple):
         before = last if isinstance(last, list | tuple) and len(last) == len(tree) else ()
-        found = [whole_copy(*pair, keep=keep) for pair in itertools.zip_longest(tree, before)]
+        found = [whole_copy(*pair, **options) for pair in itertools.zip_longest(tree, before)]
         return type(tree)(found) if keep else None
     return copy.deepcopy(tree)

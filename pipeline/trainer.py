@@ -262,9 +262,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             )
         (handler,) = arguments["kwargs_handlers"]
         handler.gradient_as_bucket_view = True  # else every gradient is there twice
-        # A static graph is recorded in a backward pass that reduces; with accumulation the first
-        # one does not, and if it did, a run that is resumed would round unlike one that is not.
-        handler.static_graph |= self.args.gradient_accumulation_steps == 1
+        handler.static_graph = True  # which `_settle` has it record
         if reduced is not None:
             handler.comm_hook = DDPCommunicationHookType.BF16
         return arguments

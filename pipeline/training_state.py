@@ -71,7 +71,7 @@ class TrainingState:
             "weights": weights,
             "optimizer": self._optimizer_state(),
         }
-        self._copy = self._whole_copy(tensors, self._copy)
+        self._copy = self._whole_copy(tensors, self._copy, pinned=True)
         if self._copy is None:
             return {}, 0
         files: Files = {
@@ -103,10 +103,11 @@ class TrainingState:
         Where the weights are divided all processes must ask; the main one gets them.
         """
         file, weights = adaptation.stored_weights(self._trainer.model)
-        return file, self._whole_copy(weights, None)
+        return file, self._whole_copy(weights, None, pinned=False)
 
-    def _whole_copy(self, tree: Any, last: Any) -> Any:
-        copied = whole_copy(tree, last, keep=self._trainer.args.process_index == 0)
+    def _whole_copy(self, tree: Any, last: Any, *, pinned: bool) -> Any:
+        is_main = self._trainer.args.process_index == 0
+        copied = whole_copy(tree, last, keep=is_main, pinned=pinned)
         if self._trainer.args.device.type == "cuda":
             torch.cuda.synchronize()  # copies into pinned memory may still be under way
         return copied
@@ -172,7 +173,9 @@ class TrainingState:
             raise InputError(f"{folder / SCHEDULER}: is no state: {_said(error)}") from None
         try:
             if saved in (None, self.optimizer_name):
-                self._put_back_optimizer_state(_loaded(folder / OPTIMIZER))
+                # Of a mapped file a process takes its part; all of it in each would be too much.
+                state = _loaded(folder / OPTIMIZER, mapped=is_divided(self._trainer.model))
+                self._put_back_optimizer_state(state)
             else:
                 logger.warning(
                     "the state in %s is that of %s: %s begins without one",
@@ -335,9 +338,9 @@ def _bytes_of(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def _loaded(path: Path) -> Any:
+def _loaded(path: Path, *, mapped: bool = False) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: cannot be loaded: it is broken, or holds more than tensors, numbers and "

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.recipe import InputError, Recipe
 
-# It calls functions that PyTorch 2.13 has given other names, and each call would say so.
+# DeepSpeed calls functions that PyTorch 2.13 has given other names, and each call would say so.
 warnings.filterwarnings(
     "ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", category=FutureWarning
 )

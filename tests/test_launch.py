@@ -262,9 +262,28 @@ def test_gpus_that_are_not_there():
     assert str(caught.value) == (
         "the launcher is asked for GPUs (distributed_type: MULTI_GPU without use_cpu: true in "
         f"{ROOT}/accelerate_configs/ddp.yaml), and torch finds none here; "
-        "accelerate_configs/cpu_2.yaml starts several processes on one CPU"
+        "accelerate_configs/cpu_2.yaml starts several processes on one CPU, and --training.use_cpu "
+        "true has any of the configs use CPUs"
     )
     assert launch.on_cpu(wanted, by_recipe=True) and launch.on_cpu(launch.Asked(), by_recipe=False)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="started 8 processes here, and there are 4 GPUs; give --"):
+        launch.on_cpu(launch.Asked(), by_recipe=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert not launch.on_cpu(launch.Asked(), by_recipe=False)
+
+
+def test_a_no_without_quotes_is_one_too(tmp_path):
+    """YAML reads it as false."""
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: NO\nnum_processes: 2\n")
+    said = refusal(launch.read(["--config_file", str(file), "x.py"]))
+    assert said.startswith("2 processes were asked for") and "distributed_type: NO in" in said
 
 
 def arguments_for(count: int, backend: str | None, kind: str, precision: str = "no"):

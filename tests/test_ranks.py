@@ -404,6 +404,19 @@ def test_a_run_goes_on_with_another_number_of_processes(smoke_recipe, alone, tmp
         assert values == pytest.approx(same, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", ["8", "16"], ids=["added up", "at once"])
+def test_three_processes_go_on_to_the_last_bit(smoke_recipe, alone, tmp_path, batch):
+    """Of three addends the order shows, and DDP changes it after its first reduction."""
+    straight, folder = (with_data_of(alone, tmp_path / name) for name in ("straight", "run"))
+    more = [*WIDE, "--training.per_device_train_batch_size", batch]
+    with forked() as starter:
+        run(starter, 3, arguments(smoke_recipe, straight, *more), straight)
+        argv = arguments(smoke_recipe, folder, *more)
+        run(starter, 3, argv, folder, on(1, at_8), code=EXIT_CODE)
+        run(starter, 3, argv, folder)
+    assert differences(outcome(folder), outcome(straight)) == []
+
+
 # -- real launchers -------------------------------------------------------------------------------
 
 

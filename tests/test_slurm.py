@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from forked import (
@@ -45,17 +44,15 @@ class Slurm:
         for name, text in STAND_INS.items():
             (place / name).write_text(f"#!/usr/bin/env bash\n{text}")
             (place / name).chmod(0o755)
-        values = yaml.safe_load((ROOT / "accelerate_configs" / "ddp.yaml").read_text())
-        (place / "topology.yaml").write_text(yaml.safe_dump(values | {"use_cpu": True}))
         self.job: subprocess.Popen | None = None
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        """Start the script; it takes a config of accelerate's for two processes on the CPU."""
+        """Start the script for two processes on the CPU, with the config that it names itself."""
         bins = os.pathsep.join((str(self.place), str(Path(sys.executable).parent)))
         environment = {
             "PATH": f"{bins}{os.pathsep}{os.environ['PATH']}", "PLACE": str(self.place),
-            "PYTHONPATH": str(ROOT), "CONFIG": str(self.place / "topology.yaml"),
-            "PROCESSES_PER_NODE": "2", "SLURM_JOB_ID": JOB, "SLURM_NNODES": "1",
+            "PYTHONPATH": str(ROOT), "PROCESSES_PER_NODE": "2", "SLURM_JOB_ID": JOB,
+            "SLURM_NNODES": "1",
             "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[1-1]",
         } | environment  # fmt: skip
         self.job = subprocess.Popen(
@@ -107,6 +104,11 @@ def test_the_script_is_one_for_bash_and_for_the_installed_launcher():
 def test_what_cannot_be_started_says_so_and_is_not_queued_again(slurm, smoke_recipe):
     code, said = slurm.run()
     assert code == 2 and said.startswith("train.slurm: which recipe? sbatch accelerate_configs/")
+    code, said = slurm.run(str(smoke_recipe), SLURM_JOB_ID="")
+    assert code == 2 and said == (
+        "train.slurm: this is no job of Slurm; submit it: sbatch "
+        "accelerate_configs/slurm/train.slurm RECIPE\n"
+    )
     code, said = slurm.run(str(smoke_recipe), PROCESSES_PER_NODE="")
     assert code == 2 and said == (
         "train.slurm: no GPUs in this job: give sbatch --gpus-per-node, or, for CPUs, set "
@@ -137,11 +139,12 @@ def test_a_run_goes_over_several_allocations_and_learns_what_one_would(
 ):
     more = [
         "--training.max_steps", "120", "--training.save_steps", "20", "--training.eval_steps",
-        "60", "--training.logging_steps", "20", "--training.use_cpu", "true",
+        "60", "--training.logging_steps", "20",
     ]  # fmt: skip
     straight, folder = tmp_path / "straight", tmp_path / "run"
     with forked() as starter:
         words = ["--config", str(smoke_recipe), "--training.output_dir", str(straight), *more]
+        words += ["--training.use_cpu", "true"]  # the script finds that out
         pids = start_ranks(starter, 2, words, tmp_path / "log")
         assert [starter.code(pid) for pid in pids] == [0, 0]
     with_data_of(straight, folder)

@@ -678,6 +678,14 @@ def test_values_that_cannot_work(smoke_recipe, tmp_path, overrides, words):
         training_arguments(recipe)
 
 
+def test_fp16_is_refused_where_weights_are_divided(smoke_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("pipeline.machine.precision", lambda wanted, on_cpu: wanted)
+    values = {"training.output_dir": str(tmp_path), "precision": "fp16"}
+    with pytest.raises(InputError, match="precision: fp16 is not tried where the accelerate conf"):
+        training_arguments(read_recipe(smoke_recipe, values))
+
+
 @pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_muon_is_refused_where_matrices_are_sharded(smoke_recipe, tmp_path, monkeypatch, launcher):
     """As `accelerate launch` says it to each process, before anything is set up for it."""

@@ -158,7 +158,7 @@ def made(shape, topology: str, reduce_bytes: int):
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"
     if topology == "ddp":
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if reduce_bytes == 2:
             model.register_comm_hook(None, in_bf16)
         return model
