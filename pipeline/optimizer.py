@@ -131,8 +131,8 @@ def _update(
 def _orthogonalized_together(matrices: torch.Tensor, *, steps: int) -> torch.Tensor:
     """Return `orthogonalized` of matrices that all processes hold; each makes its share of them.
 
-    Two processes on two cores made 0.97 times the tokens of one with two threads on the quickstart,
-    and 0.79 when each made them all (`tests/benchmarks/scaling.py`).
+    On the quickstart two processes on two cores made 0.79 to 1.00 times the tokens of one with two
+    threads, by round, and 0.78 to 0.91 when each made them all (`tests/benchmarks/scaling.py`).
     """
     count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     share = -(-len(matrices) // count)
