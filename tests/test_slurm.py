@@ -101,6 +101,7 @@ def test_the_script_is_one_for_bash_and_for_the_installed_launcher():
     assert given <= set(launch_command_parser()._option_string_actions)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_says_so_and_is_not_queued_again(slurm, smoke_recipe):
     code, said = slurm.run()
     assert code == 2 and said.startswith("train.slurm: which recipe? sbatch accelerate_configs/")
@@ -120,6 +121,7 @@ def test_what_cannot_be_started_says_so_and_is_not_queued_again(slurm, smoke_rec
     assert slurm.asked == [] and not (slurm.place / "task").exists()
 
 
+@pytest.mark.slow
 def test_what_an_earlier_allocation_left_is_not_taken_for_this_one_s(slurm, smoke_recipe, tmp_path):
     """A launcher that cannot start leaves the status as it was; it would be queued for ever."""
     (tmp_path / "run_status.json").write_text('{\n "state": "preempted"\n}')
