@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 from pipeline import attention, launch, machine, zero
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
-from pipeline.processes import join
 from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
+from pipeline.rendezvous import join
 from pipeline.sharding import wanted_sharding
 from pipeline.text_files import read_text
 

@@ -128,7 +128,7 @@ def on_cpu(wanted: Asked, *, by_recipe: bool) -> bool:
     Raises:
         InputError: the config asks for GPUs, nobody for the CPU, and there are no GPUs.
     """
-    by_launcher = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    by_launcher = _says("ACCELERATE_USE_CPU")
     if by_recipe or by_launcher or wanted.devices == "cpu":
         return True
     there_is_none = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -166,7 +166,7 @@ def check(wanted: Asked, *, precision: str) -> None:
             "it heeds the section of its distributed_type only; take "
             "accelerate_configs/fsdp2.yaml, or remove the section"
         )
-    if _says("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if wanted_sharding() == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
             "the launcher is asked for FSDP without fsdp_version: 2, which means version 1; this "
             "trainer shards with version 2: take accelerate_configs/fsdp2.yaml"
@@ -211,7 +211,7 @@ def came(arguments: TrainingArguments) -> str:
     """
     state, count = arguments.distributed_state, arguments.world_size
     kind = None if state is None else state.distributed_type.value
-    if _says("ACCELERATE_USE_FSDP") and kind in ("NO", "MULTI_CPU"):
+    if wanted_sharding() == "fsdp2" and kind in ("NO", "MULTI_CPU"):
         raise InputError(
             "the launcher was asked for FSDP, which accelerate leaves out on a CPU; take "
             "accelerate_configs/cpu_2.yaml, or GPUs"
@@ -227,9 +227,9 @@ def came(arguments: TrainingArguments) -> str:
     elif arguments.device.type == "cuda" and (there := torch.cuda.device_count()) > 1:
         device += f" (one of {there} here: accelerate_configs/ddp.yaml takes all)"
     sharing = ""
-    if _says("ACCELERATE_USE_FSDP"):
+    if wanted_sharding() == "fsdp2":
         sharing = ", sharded (FSDP2)"
-    elif _says("ACCELERATE_USE_DEEPSPEED"):
+    elif wanted_sharding() == "deepspeed":
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")  # or it is in DeepSpeed's file
         sharing = f", sharded (DeepSpeed{f' ZeRO-{stage}' if stage else ''})"
     elif count > 1:

@@ -29,7 +29,7 @@ from forked import (
 )
 
 from pipeline import run_folder
-from pipeline.processes import interface_to
+from pipeline.rendezvous import interface_to
 
 pytestmark = pytest.mark.slow
 
