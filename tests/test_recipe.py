@@ -10,7 +10,7 @@ from conftest import ROOT
 from pipeline.known_fields import model_config_fields, training_fields
 from pipeline.recipe import InputError, read_recipe
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
