@@ -1,11 +1,15 @@
 """What can be typed at each door besides a recipe's keys."""
 
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.data_sections import NOT_OF_EXAMPLES, SourceFields
 from pipeline.sections import CardFields, SamplingFields, Section, TaskNames
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class RecipeOptions(Section):
@@ -45,6 +49,43 @@ class TokenizerOptions(RecipeOptions):
 
     compare: str | None = None
     """Folder or Hub name of a tokenizer to compare with, openai-community/gpt2 for instance."""
+
+
+class FindOptions(RecipeOptions):
+    """Options of find_learning_rate.py."""
+
+    start: float = Field(1e-6, gt=0)
+    """The rate of the first update."""
+    end: float = Field(1.0, gt=0, le=100)
+    """The rate of the last one; a sweep that has diverged ends before."""
+    updates: int = Field(100, ge=20, le=1000)
+    """Updates of each sweep, at least eight for each factor of ten."""
+    seeds: int = Field(3, ge=1)
+    """Sweeps, each with other first weights and another order of the rows; the first has the
+    recipe's seed."""
+    picture: str | None = None
+    """File to draw the sweeps into, .png, .svg or .pdf (default: learning_rate.png in the folder
+    learning_rate of the output folder, beside the numbers)."""
+
+    @model_validator(mode="after")
+    def _a_range_that_is_swept(self) -> "FindOptions":
+        if self.end < 10 * self.start:
+            raise ValueError(
+                f"--start {self.start:g} and --end {self.end:g}: the end must be at least ten "
+                "times the start; leave both out for 1e-6 to 1"
+            )
+        # No more than 0.125 decades apart: the loss is smoothed over 0.2 (see rate_suggestion).
+        needed = math.ceil(8 * math.log10(self.end / self.start) - 1e-9)
+        if self.updates < needed:
+            raise ValueError(
+                f"--updates {self.updates}: from {self.start:g} to {self.end:g} takes at least "
+                f"{needed}; give more, or a narrower range"
+            )
+        if self.picture is not None and Path(self.picture).suffix not in PICTURES:
+            raise ValueError(
+                f"--picture {self.picture}: name a file that ends in {', '.join(PICTURES)}"
+            )
+        return self
 
 
 class MeasureOptions(SourceFields):

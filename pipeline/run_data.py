@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -27,13 +28,21 @@ class RunData(NamedTuple):
     """Training happens inside of it: it keeps a streamed corpus coming."""
 
 
-def obtain_run_data(recipe: Recipe, arguments: TrainingArguments, processes: Processes) -> RunData:
+def obtain_run_data(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    processes: Processes,
+    *,
+    ring: Path | None = None,
+) -> RunData:
     """Return the data of a run; what is not prepared yet the main process prepares first.
+
+    A stream's rows pass through the folder `ring` (default: the run's own).
 
     Raises:
         InputError: see `Corpus`, `obtain_tokenizer` and `prepare_blocks`.
     """
-    section, folder = recipe.data, recipe.blocks_dir
+    section, folder, ring = recipe.data, recipe.blocks_dir, ring or recipe.ring_dir
     machine.warm_compiler(arguments)
 
     def prepared() -> tuple[Corpus, PreTrainedTokenizerBase]:
@@ -58,9 +67,9 @@ def obtain_run_data(recipe: Recipe, arguments: TrainingArguments, processes: Pro
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
     )
     length = max(0, arguments.max_steps) * rows_per_update
-    blocks = open_blocks(folder, section, stream=stream, ring=recipe.ring_dir, length=length)
+    blocks = open_blocks(folder, section, stream=stream, ring=ring, length=length)
     return RunData(
         tokenizer,
         blocks,
-        lambda: producing(stream, recipe.ring_dir, is_main_process=processes.is_main),
+        lambda: producing(stream, ring, is_main_process=processes.is_main),
     )

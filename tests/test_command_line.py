@@ -21,6 +21,7 @@ DOORS = [
     "generate",
     "convert_weights",
     "inspect_weights",
+    "find_learning_rate",
 ]
 
 

@@ -31,6 +31,7 @@ WITHOUT_TORCH = (
     "space",
     "planning",
     "communication",
+    "rate_suggestion",
 )
 
 
