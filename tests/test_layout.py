@@ -30,6 +30,8 @@ WITHOUT_TORCH = (
     "run_files",
     "space",
     "planning",
+    "devices",
+    "hardware",
     "communication",
 )
 
