@@ -172,12 +172,13 @@ def _backward_bytes(
 ) -> int:
     """Return what the backward pass of a layer makes and drops: of the MLP, or of attention.
 
-    The gradients before and behind the activation, beside the residual stream's; or those of a
-    part's probabilities, in fp32 and as they are multiplied, and of its scores.
+    The gradient behind the activation, beside the residual stream's (that before it takes the room
+    of the MLP's input to its second product); or those of a part's probabilities, in fp32 and as
+    they are multiplied, and of its scores.
     """
     tokens, product = rows * block_size, product_bytes(precision)
     stream = FP32 * tokens * shape.width
-    mlp = 2 * product * tokens * shape.mlp_width
+    mlp = product * tokens * shape.mlp_width
     part = rows * shape.heads * min(QUERIES, block_size) * block_size * is_blockwise
     return stream + max(mlp, part * (2 * FP32 + product))
 

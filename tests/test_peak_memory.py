@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_an_update_allocates_so_much(name, precision, is_checkpointed, is_accumu
     ).parts  # fmt: skip
     allocated = sum(found.values()) - found["holes"] - found["checkpoint"] - found["process"]
     before = 12 * parameters(SHAPE)  # weights and both averages
-    assert allocated == pytest.approx(before + most_allocated(update), rel=0.08)
+    assert allocated == pytest.approx(before + most_allocated(update), rel=0.05)
 
 
 def test_an_update_by_muon_allocates_so_much():
@@ -134,8 +135,12 @@ def test_the_most_rows_fit_and_one_more_does_not():
 def test_a_training_process_holds_within_a_tenth_of_what_is_planned(tmp_path):
     shape, rows, block = Shape(4, 256, 4, 1024, 256), 8, 256
     config = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width}
+    text = tmp_path / "text.txt"
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
+    text.write_text("\n".join(module.read_text(errors="replace") for module in modules))
     values = {
-        "training.output_dir": tmp_path / "run", "model.config": json.dumps(config),
+        "training.output_dir": tmp_path / "run", "data.files": text,
+        "model.config": json.dumps(config),
         "tokens_per_update": rows * block, "data.block_size": block,
         "tokenizer.vocab_size": shape.vocabulary, "training.max_steps": 6,
         "training.per_device_train_batch_size": rows, "training.save_steps": 3,
