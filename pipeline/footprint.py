@@ -77,7 +77,7 @@ def footprint(
 
 def board_watts(name: str) -> tuple[float, bool]:
     """Return the watts of a GPU's board, and whether its name is known or any GPU's are taken."""
-    words = set(re.split(r"[\s-]+", name.upper()))
+    words = set(re.split(r"[\s,-]+", name.upper()))
     for needed, watts in BOARDS:
         if words.issuperset(needed):
             return watts, True

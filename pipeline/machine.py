@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from pipeline.devices import cores
 from pipeline.recipe import InputError
 
 if TYPE_CHECKING:
@@ -132,7 +133,4 @@ def _threads() -> int:
     by_launcher = said == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ
     if said not in ("", "0") and not by_launcher:
         return torch.get_num_threads()
-    cores = psutil.cpu_count(logical=False) or 1
-    if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

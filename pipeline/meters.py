@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import json
-import os
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import psutil
 import torch
 
 from pipeline import artifact
+from pipeline.devices import product_rates_path, read_product_rates
 
 # Side of the square matrices: large enough for the best rate of a device of that kind, small enough
 # to be measured within half a second (two cores 0.2 s in fp32, an H200 0.03 s in bf16).
@@ -64,15 +63,12 @@ def product_rate(device: torch.device, precision: str) -> float:
     tf32 = precision == "fp32" and torch.backends.cuda.matmul.allow_tf32
     kind = f"{precision}{' by TF32' if tf32 and device.type == 'cuda' else ''}"
     key = f"{platform.node()}, {name}{threads}, {kind}, torch {torch.__version__}"
-    return _best(key, memory_path(), device, DTYPES[precision])
+    return _best(key, product_rates_path(), device, DTYPES[precision])
 
 
 @functools.cache
 def _best(key: str, path: Path, device: torch.device, dtype: torch.dtype) -> float:
-    known: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        known = found if isinstance(found, dict) else {}
+    known = read_product_rates()
     before, now = known.get(key), _measured(device, dtype)
     if isinstance(before, float) and before >= now:
         return before
@@ -80,14 +76,6 @@ def _best(key: str, path: Path, device: torch.device, dtype: torch.dtype) -> flo
         path.parent.mkdir(parents=True, exist_ok=True)
         artifact.write_whole(path, json.dumps(known | {key: now}, indent=1))
     return now
-
-
-def memory_path() -> Path:
-    """Return the file that remembers measured rates; deleting it measures them again."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user without a home
-        cache = tempfile.gettempdir()
-    return Path(cache) / "gpt2-pretraining-pipeline" / "product_rates.json"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

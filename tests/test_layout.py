@@ -30,6 +30,9 @@ WITHOUT_TORCH = (
     "run_files",
     "space",
     "planning",
+    "peak_memory",
+    "devices",
+    "hardware",
     "communication",
     "rate_suggestion",
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline import meters
+from pipeline.devices import product_rates_path
 from pipeline.meters import peak_memory_bytes, product_rate
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def another_process():
 def test_a_process_measures_once_and_the_best_is_remembered(measured, monkeypatch, tmp_path):
     assert [product_rate(CPU, "fp32") for _ in range(3)] == [1e9 + 1] * 3
     assert measured == [("cpu", torch.float32)]
-    assert meters.memory_path() == remembered(tmp_path)
+    assert product_rates_path() == remembered(tmp_path)
     assert list(json.loads(remembered(tmp_path).read_text()).values()) == [1e9 + 1]
     assert [p.name for p in remembered(tmp_path).parent.iterdir()] == ["product_rates.json"]
     another_process()
@@ -112,7 +113,7 @@ def test_without_xdg_it_lies_in_the_home(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     below = tmp_path / ".cache" / "gpt2-pretraining-pipeline"
-    assert meters.memory_path() == below / "product_rates.json"
+    assert product_rates_path() == below / "product_rates.json"
 
 
 def test_the_rate_is_that_of_the_fastest_product_and_the_first_does_not_count(monkeypatch):
