@@ -30,6 +30,7 @@ WITHOUT_TORCH = (
     "run_files",
     "space",
     "planning",
+    "scaling_laws",
     "communication",
 )
 
