@@ -31,6 +31,8 @@ WITHOUT_TORCH = (
     "space",
     "planning",
     "scaling_laws",
+    "ladder",
+    "law_fit",
     "communication",
 )
 
