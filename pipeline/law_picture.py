@@ -71,8 +71,8 @@ def _isoflops(
         losses = fit.law.loss(sizes, flops / (FLOPS * sizes))
         axes.plot(sizes, losses, color=tone, linewidth=1.4)
         axes.annotate(
-            f"{flops:.1e}", (best.parameters, best.loss), xytext=(0, -11), fontsize=8,
-            textcoords="offset points", color=tone, ha="center",
+            f"{flops:.1e}".replace("e+", "e"), (best.parameters, best.loss), xytext=(-4, -11),
+            textcoords="offset points", fontsize=8, ha="right",
         )  # fmt: skip
     axes.plot([best.parameters for best in bests], [best.loss for best in bests],
               color="black", linestyle=":", marker="o", markersize=3, linewidth=1,
