@@ -33,6 +33,9 @@ WITHOUT_TORCH = (
     "peak_memory",
     "devices",
     "hardware",
+    "scaling_laws",
+    "ladder",
+    "law_fit",
     "communication",
     "rate_suggestion",
 )
