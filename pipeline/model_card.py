@@ -10,7 +10,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pipeline.published_card import UNNAMED, snippet
 from pipeline.report_parts import Part, made_from, run_parts, source
 from pipeline.run_files import PICTURE
-from pipeline.run_record import RunRecord, finite
+from pipeline.run_record import RunRecord
+from pipeline.wording import finite
 
 
 def model_card(record: RunRecord, *, base_model: str | None = None) -> str:

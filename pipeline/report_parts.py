@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.curves import Panel
-from pipeline.run_record import RunRecord, file_name, finite
-from pipeline.wording import AMOUNT, NOTHING, duration, short, written
+from pipeline.run_record import RunRecord, file_name
+from pipeline.wording import AMOUNT, NOTHING, duration, finite, short, written
 
 
 class Table(NamedTuple):

@@ -12,8 +12,8 @@ from pipeline.report_parts import (
     made_from,
     state_sentence,
 )
-from pipeline.run_record import RunRecord, finite
-from pipeline.wording import NOTHING, duration, written
+from pipeline.run_record import RunRecord
+from pipeline.wording import NOTHING, duration, finite, written
 
 BEST, APART = "\N{BLACK STAR}", "\N{NOT EQUAL TO}"
 HIGHER_IS_BETTER = ("accuracy",)

@@ -16,6 +16,7 @@ from pipeline.gap import Verdict, verdict
 from pipeline.planning import flops_per_token
 from pipeline.recipe import InputError
 from pipeline.run_files import CONFIG, HISTORY, METRICS, SAMPLES, STATUS, read_status
+from pipeline.wording import finite
 
 # Keys of a recipe that hold files of the machine: only their names are for others to see.
 FILE_KEYS = ("files", "validation_files", "test_files", "benchmark_files", "texts", "path")
@@ -155,11 +156,6 @@ def read_checkpoint(run_folder: Path, checkpoint: Path) -> RunRecord:
         samples=_samples(samples, step) if samples.exists() else [],
         model_config=_parsed(config, json.loads, dict) if config.exists() else {},
     )
-
-
-def finite(value: Any) -> bool:
-    """Tell whether a value is a number that can be shown."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def without_folders(text: str) -> str:

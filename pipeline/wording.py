@@ -1,13 +1,17 @@
 """Numbers as a person reads them: counts, times, and what is not known."""
 
+import math
 from typing import Any
-
-from pipeline.run_record import finite
 
 NOTHING = "\N{EM DASH}"
 
 
 AMOUNT = "amount"  # a form: five digits, and from a hundred thousand on three and a unit
+
+
+def finite(value: Any) -> bool:
+    """Tell whether a value is a number that can be shown."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def written(value: Any, form: str) -> str:

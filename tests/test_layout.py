@@ -32,6 +32,7 @@ WITHOUT_TORCH = (
     "planning",
     "devices",
     "hardware",
+    "scaling_laws",
     "communication",
 )
 
