@@ -35,6 +35,9 @@ WITHOUT_TORCH = (
     "hardware",
     "scaling_laws",
     "communication",
+    "run_plan",
+    "plan_text",
+    "recipe_writing",
 )
 
 
