@@ -19,6 +19,14 @@ LINKS = {
     "v100": 150e9, "a100": 300e9, "h100-pcie": 64e9, "h100": 450e9, "h200": 450e9, "b200": 900e9,
     "t4": 16e9,
 }  # fmt: skip
+# Where a GPU's assumed MFU comes from (the shares are those of `pipeline.devices`), by its name.
+MFU_SOURCES = {
+    "a100": "124M, compiled PyTorch, as in S. Raschka's ladder of speed-ups",
+    "h100": "llm.c on 8 x H100, 124M 40.5 % and 1558M 49 %",
+    "h200": "the H100's: llm.c on 8 of them, 124M 40.5 % and 1558M 49 %",
+    "apple": "an assumption",
+}
+NO_MFU_SOURCE = "an assumption, a little below the A100's"
 PCIE_4 = 32e9
 BETWEEN = 50e9  # of each device to other machines: 400 Gb/s, an assumption
 RECOMPUTED = 4 / 3  # gradient checkpointing: one more forward pass beside three products
@@ -99,15 +107,25 @@ def cost_plan(
         hours = seconds / 3600 * hardware.count
         found = footprint(
             seconds, device="cpu" if device.kind == "cpu" else device.title,
-            world_size=hardware.count, threads=cores(), memory_bytes=memory.peak_bytes,
+            world_size=hardware.count, threads=max(1, cores() // hardware.count),
+            memory_bytes=memory.peak_bytes,
         ) if device.kind != "mps" else None  # fmt: skip
         if found is not None:
             kwh, kilograms = found.kwh, found.grams_co2 / 1000
     price = None if price_per_hour is None or hours is None else price_per_hour * hours
     return CostPlan(
-        hardware.count * device.flops[memory.precision], device.mfu, device.source, low, high,
-        per_second, spent, evaluations, measuring, seconds, kwh, kilograms, hours, price, notes,
+        hardware.count * device.flops[memory.precision], device.mfu, _mfu_source(hardware),
+        low, high, per_second, spent, evaluations, measuring, seconds, kwh, kilograms,
+        hours, price, notes,
     )  # fmt: skip
+
+
+def _mfu_source(hardware: Hardware) -> str:
+    device = hardware.device
+    if hardware.is_measured or device.kind == "cpu" or "MFU" in device.source:
+        return device.source
+    known = (said for name, said in MFU_SOURCES.items() if device.name.startswith(name))
+    return f"rate: {device.source}; MFU: {next(known, NO_MFU_SOURCE)}"
 
 
 def _efficiencies(

@@ -146,7 +146,7 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
     total = cost.peak_flops / 1e12
     rows = [
         ("rate", f"{total:,.4g} TFLOP/s at an MFU of {cost.mfu:.1%}"
-         + ("" if hardware.is_measured else " (assumed)")),
+         + ("" if hardware.is_measured or "--mfu" in cost.mfu_source else " (assumed)")),
         ("", cost.mfu_source),
     ]  # fmt: skip
     if cost.efficiency_high < 1:
@@ -161,7 +161,13 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
     measured += " and the final one" if cost.evaluation_seconds else ""
     ends = now + datetime.timedelta(seconds=cost.seconds)
     rows.append(("time", duration(cost.seconds) + (measured if cost.evaluation_seconds else "")))
-    rows.append(("", f"started now it ends {ends:%a %d %b %Y, %H:%M}"))
+    rows.append(
+        (
+            "",
+            f"started now it ends {ends:%a %d %b %Y, %H:%M}; compiling, preparing the text and "
+            "saving come on top",
+        )
+    )
     if cost.kwh is not None:
         rows.append(
             ("energy", f"{cost.kwh:,.3g} kWh, {cost.kg_co2:,.3g} kg CO2e (an upper estimate, as in "

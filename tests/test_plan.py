@@ -74,7 +74,16 @@ def test_a_run_of_eight_gpus_in_numbers(planned):
     hoffmann = scaling_laws.HOFFMANN.loss(124_439_808, tokens)
     assert laws["predictions"]["Hoffmann"]["loss"] == hoffmann
     assert work["text_tokens"] == pytest.approx(0.998 * 10e9, rel=1e-6)
-    assert f"{hours * 2:,.2f} for" in planned.text and "(assumed)" not in found["hardware"]
+    assert f"{hours * 2:,.2f} for" in planned.text and "(assumed)" not in planned.text
+
+
+def test_an_assumed_share_of_the_rate_is_said_with_its_source(planned):
+    planned("--config", SMALL, "--hardware", "8xh100")
+    assert "7,916 TFLOP/s at an MFU of 40.0% (assumed)" in planned.text
+    assert "rate: NVIDIA H100 data sheet; MFU: llm.c on 8 x H100" in planned.text
+    found = planned("--config", SMALL, "--hardware", "t4")
+    assert "a little below the A100's" in found["cost"]["mfu_source"]
+    assert any("precision: fp16 has 8 times fp32's rate" in note for note in found["notes"])
 
 
 def test_no_torch_is_imported_for_an_answer(tmp_path):
