@@ -34,6 +34,8 @@ WITHOUT_TORCH = (
     "devices",
     "hardware",
     "scaling_laws",
+    "ladder",
+    "law_fit",
     "communication",
     "run_plan",
     "plan_text",
