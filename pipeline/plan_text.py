@@ -8,6 +8,7 @@ from pipeline.budgeting import Choice
 from pipeline.run_plan import Plan
 from pipeline.wording import duration, short, storage
 
+NO_LAWS = "they are of models that begin with nothing, and a number of tokens that is known"
 WIDTH, INDENT = 96, 26  # columns of a line, and of the names at its beginning
 
 
@@ -181,7 +182,7 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
 def _laws(plan: Plan) -> list[tuple[str, str]]:
     laws = plan.laws
     if laws is None:
-        return [("", "nothing can be said before the tokens are known")]
+        return [("", NO_LAWS)]
     most = math.log(plan.model.shape.vocabulary)
     here = laws.predictions["fitted again"].loss
     optima = [["best for these FLOPs", "parameters", "tokens", "per parameter", "loss"]]

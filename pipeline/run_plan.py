@@ -104,7 +104,9 @@ def plan(recipe: Recipe, options: PlanOptions, hardware: Hardware) -> Plan:
         updates=work.updates, epochs=work.epochs, held_out_tokens=text.held_out_tokens,
         price_per_hour=options.price_per_hour,
     )  # fmt: skip
-    laws = None if work.tokens is None else _laws(model, inside, work.tokens)
+    laws = None
+    if work.tokens is not None and recipe.model.pretrained is None:
+        laws = _laws(model, inside, work.tokens)
     notes = [*memory.notes, *cost.notes, *_notes(work, text, model, laws)]
     return Plan(
         options.config or "recipes/quickstart.yaml", hardware, model, parts, inside,

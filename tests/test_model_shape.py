@@ -36,7 +36,6 @@ def test_what_learns_is_what_the_model_says(smoke_recipe, finished_run, tokenize
     )
     found = planned_model(recipe)
     model = build_model(section, tokenizer, block_size=16, seed=0)
-    adaptation.choose_trained(model, section)
     still = adaptation.still_blocks(model)
     assert found.parameters == parameter_count(model)
     assert found.trained == parameter_count(model, trained=True)
@@ -50,7 +49,6 @@ def test_an_adapter_is_counted(smoke_recipe, finished_run, tokenizer):
         pretrained=str(finished_run), lora_r=3, lora_target_modules=["attn.c_attn", "mlp.c_proj"]
     )
     model = build_model(section, tokenizer, block_size=16, seed=0)
-    adaptation.choose_trained(model, section)
     values = {
         "model.pretrained": str(finished_run), "model.lora_r": 3,
         "model.lora_target_modules": ["attn.c_attn", "mlp.c_proj"],
