@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from pipeline import attention, launch, machine, zero
+from pipeline.accumulation import share_of_update
 from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.push_list import STRATEGIES
@@ -238,32 +239,6 @@ def _check_pushing(stated: dict[str, Any]) -> None:
     names = [n for n in stated if n.startswith("hub_")]
     if names and "push_to_hub" not in stated:
         raise InputError(f"training.{names[0]} has a meaning with training.push_to_hub only")
-
-
-def share_of_update(
-    tokens_per_update: int, *, block_size: int, batch_size: int, world_size: int
-) -> tuple[int, int]:
-    """Return how many rows each process takes at once, and how often in one update.
-
-    `batch_size` is the most that it takes at once: where so many processes share an update that
-    each has fewer rows, it takes these.
-
-    Raises:
-        InputError: it does not come out even; the nearest budgets that do are named.
-    """
-    row, batch = block_size * world_size, block_size * batch_size * world_size
-    size, named = batch, f"training.per_device_train_batch_size {batch_size} x "
-    if tokens_per_update < batch:
-        size, named = row, ""
-    count, rest = divmod(tokens_per_update, size)
-    if rest or not count:
-        nearest = sorted({max(1, count) * size, (count + 1) * size})
-        raise InputError(
-            f"tokens_per_update is {tokens_per_update}, which is not a multiple of data.block_size "
-            f"{block_size} x {named}{world_size} process(es) = {size}; the nearest that are: "
-            f"{' and '.join(str(n) for n in nearest)}"
-        )
-    return (batch_size, count) if size == batch else (count, 1)
 
 
 def remedy(error: BaseException, recipe: Recipe, arguments: TrainingArguments) -> str | None:

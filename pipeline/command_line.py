@@ -60,12 +60,13 @@ def read_command_line(
     given = _words(sys.argv[1:] if argv is None else argv, options)
     if "help" in given:
         _finish(help_text(doc, options, has_recipe=True, about=given["help"]))
-    own = {key: value for key, value in given.items() if key in options.model_fields}
+    names = {_option_name(options, name) for name in options.model_fields}
+    own = {key: value for key, value in given.items() if key in names}
     rest = {key: value for key, value in given.items() if key not in own}
     door = _options(options, own)
     for key in rest:
         if key.split(".")[0] not in Recipe.model_fields:
-            raise InputError(_unknown_option(key, [*options.model_fields, *Recipe.model_fields]))
+            raise InputError(_unknown_option(key, [*names, *Recipe.model_fields]))
     recipe = read_recipe(DEFAULT_RECIPE if door.config is None else Path(door.config), rest)
     if door.print_config:
         _finish(yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True))

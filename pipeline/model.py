@@ -25,20 +25,12 @@ from pipeline.attention import check_documents_are_apart
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
 from pipeline.merging import merged_model
+from pipeline.model_shape import check_config
 from pipeline.pretrained import pretrained_config
 from pipeline.reach import check_local, not_loaded
 from pipeline.recipe import InputError, first_line
 from pipeline.sections import ModelSection
 from pipeline.weights import open_weights
-
-# Fields of GPT2Config that follow from the tokenizer and the rows; stating one is an error.
-DERIVED = {
-    "vocab_size": "it is the tokenizer's (tokenizer.vocab_size)",
-    "n_positions": "it is data.block_size",
-    "bos_token_id": "it is the tokenizer's end-of-text",
-    "eos_token_id": "it is the tokenizer's end-of-text",
-    "pad_token_id": "it is the tokenizer's end-of-text",
-}
 
 # Pre-training passes over its text about once, where dropout only slows learning (nanoGPT, llm.c);
 # GPT2Config's own default is 0.1.
@@ -55,7 +47,7 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
     """Check what can be known before any data is read.
 
     Raises:
-        InputError: a derived field is stated, GPT2Config refuses a value, or the pretrained model
+        InputError: see `check_config`; GPT2Config refuses a value, or the pretrained model
             is missing, not a GPT-2, or has fewer positions than `block_size`.
     """
     if section.pretrained is not None:
@@ -73,18 +65,8 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
                 f"{config.n_layer} blocks"
             )
         return
-    for name in section.config:
-        if name in DERIVED:
-            raise InputError(f"model.config.{name}: is derived, leave it out: {DERIVED[name]}")
+    check_config(section.config)
     config = _fresh_config(section, vocab_size=257, block_size=block_size, end_of_text=0)
-    for name in ("n_embd", "n_layer", "n_head"):
-        if getattr(config, name) < 1:
-            raise InputError(f"model.config.{name}: must be at least 1; got {section.config[name]}")
-    if config.n_embd % config.n_head:
-        raise InputError(
-            f"model.config.n_embd: {config.n_embd} is not a multiple of n_head {config.n_head}; "
-            "every head has n_embd / n_head dimensions"
-        )
     for name in NO_DROPOUT:
         if not 0 <= getattr(config, name) < 1:
             raise InputError(

@@ -40,3 +40,10 @@ def duration(seconds: float) -> str:
     (size, unit), (small, small_unit) = units[large], units[large + 1]
     rest = int(seconds % size // small)
     return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")
+
+
+def storage(size: float) -> str:
+    """Return bytes in three digits: 512 MB, 1.49 GB."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+    large, unit = next((u for u in units if size >= 0.9995 * u[0]), units[-1])
+    return f"{size / large:#.3g}".rstrip(".") + f" {unit}"

@@ -38,6 +38,9 @@ WITHOUT_TORCH = (
     "law_fit",
     "communication",
     "rate_suggestion",
+    "run_plan",
+    "plan_text",
+    "recipe_writing",
 )
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.wording import NOTHING, duration, short, written
+from pipeline.wording import NOTHING, duration, short, storage, written
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_counts(value, said):
 )
 def test_what_is_no_number_is_a_dash(value, said):
     assert written(value, ",.2f") == said
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0.00 B"), (512, "512 B"), (999_600, "1.00 MB"), (1.494e9, "1.49 GB"), (2e12, "2.00 TB")],
+)
+def test_bytes(size, said):
+    assert storage(size) == said

@@ -1,0 +1,179 @@
+"""How long a planned run takes, when it ends, and what energy and money it costs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pipeline import planning
+from pipeline.communication import Cluster, efficiency, traffic
+from pipeline.devices import cores
+from pipeline.footprint import footprint
+from pipeline.hardware import Hardware
+from pipeline.memory_plan import DEVICES_PER_MACHINE, MemoryPlan
+from pipeline.model_shape import PlannedModel
+from pipeline.recipe import Recipe
+
+# bytes/s of a device to the others in its machine, each way, by the beginning of its name: NVLink
+# by NVIDIA's data sheets (half of what they add up for both ways), else PCI Express x16.
+LINKS = {
+    "v100": 150e9, "a100": 300e9, "h100-pcie": 64e9, "h100": 450e9, "h200": 450e9, "b200": 900e9,
+    "t4": 16e9,
+}  # fmt: skip
+# Where a GPU's assumed MFU comes from (the shares are those of `pipeline.devices`), by its name.
+MFU_SOURCES = {
+    "a100": "124M, compiled PyTorch, as in S. Raschka's ladder of speed-ups",
+    "h100": "llm.c on 8 x H100, 124M 40.5 % and 1558M 49 %",
+    "h200": "the H100's: llm.c on 8 of them, 124M 40.5 % and 1558M 49 %",
+    "apple": "an assumption",
+}
+NO_MFU_SOURCE = "an assumption, a little below the A100's"
+PCIE_4 = 32e9
+BETWEEN = 50e9  # of each device to other machines: 400 Gb/s, an assumption
+RECOMPUTED = 4 / 3  # gradient checkpointing: one more forward pass beside three products
+FORWARD = 1 / 3  # of a training step's operations: one of three products
+
+
+class CostPlan(NamedTuple):
+    """Time, energy and money; None where the run's length or a figure is not known."""
+
+    peak_flops: float
+    """FLOP/s of all devices together, in the plan's precision."""
+    mfu: float
+    mfu_source: str
+    efficiency_low: float
+    """The share of the time in which devices compute: if no communication is hidden. Taken."""
+    efficiency_high: float
+    """If all is hidden that can be."""
+    tokens_per_second: float
+    training_seconds: float | None
+    evaluations: int | None
+    evaluation_seconds: float | None
+    seconds: float | None
+    """Both; compiling, preparing text and saving are not counted."""
+    kwh: float | None
+    kg_co2: float | None
+    """CO2 equivalents."""
+    device_hours: float | None
+    price: float | None
+    """In the currency of --price_per_hour, which is of each device."""
+    notes: list[str]
+
+
+def cost_plan(
+    recipe: Recipe,
+    model: PlannedModel,
+    hardware: Hardware,
+    memory: MemoryPlan,
+    *,
+    flops_per_token: int,
+    tokens: int | None,
+    updates: int | None,
+    epochs: float | None = None,
+    held_out_tokens: float | None = None,
+    price_per_hour: float | None = None,
+) -> CostPlan:
+    """Return what a run costs.
+
+    Args:
+        flops_per_token: of a training step.
+        tokens, updates: of the run, None if they are not known.
+        held_out_tokens: of validation and test together, None if not known.
+        price_per_hour: of each device.
+    """
+    device, notes = hardware.device, []
+    rate = hardware.rate(recipe.precision)
+    low, high = _efficiencies(recipe, model, hardware, memory)
+    per_second = rate * low / flops_per_token
+    if memory.is_checkpointed:
+        per_second /= RECOMPUTED
+        notes.append("gradient checkpointing computes each forward pass twice: 3/4 of the speed")
+    if device.kind != "mps" and not hardware.is_measured and not _is_compiled(recipe):
+        notes.append(
+            "the MFU is a compiled step's, and training.torch_compile is off: expect about 0.7 of "
+            "this speed"
+        )
+    if memory.devices > DEVICES_PER_MACHINE:
+        notes.append(
+            f"between machines of {DEVICES_PER_MACHINE} devices {BETWEEN * 8 / 1e9:.0f} Gb/s a "
+            "device are assumed; accelerate_configs/README.md has slower networks"
+        )
+    evaluations = seconds = spent = measuring = None
+    kwh = kilograms = hours = None
+    if tokens is not None:
+        spent = tokens / per_second
+        evaluations, scored = _scored(recipe, updates, epochs, held_out_tokens)
+        measuring = scored * FORWARD * flops_per_token / (rate * low)
+        seconds = spent + measuring
+        hours = seconds / 3600 * hardware.count
+        found = footprint(
+            seconds, device="cpu" if device.kind == "cpu" else device.title,
+            world_size=hardware.count, threads=max(1, cores() // hardware.count),
+            memory_bytes=memory.peak_bytes,
+        ) if device.kind != "mps" else None  # fmt: skip
+        if found is not None:
+            kwh, kilograms = found.kwh, found.grams_co2 / 1000
+    price = None if price_per_hour is None or hours is None else price_per_hour * hours
+    return CostPlan(
+        hardware.count * device.flops[memory.precision], device.mfu, _mfu_source(hardware),
+        low, high, per_second, spent, evaluations, measuring, seconds, kwh, kilograms,
+        hours, price, notes,
+    )  # fmt: skip
+
+
+def _mfu_source(hardware: Hardware) -> str:
+    device = hardware.device
+    if hardware.is_measured or device.kind == "cpu" or "MFU" in device.source:
+        return device.source
+    known = (said for name, said in MFU_SOURCES.items() if device.name.startswith(name))
+    return f"rate: {device.source}; MFU: {next(known, NO_MFU_SOURCE)}"
+
+
+def _efficiencies(
+    recipe: Recipe, model: PlannedModel, hardware: Hardware, memory: MemoryPlan
+) -> tuple[float, float]:
+    """Return the share of the time in which devices compute, nothing overlapped and all."""
+    if hardware.count == 1 or hardware.is_measured:  # what a run measured has waited already
+        return 1.0, 1.0
+    device = hardware.device
+    inside = next((LINKS[name] for name in LINKS if device.name.startswith(name)), PCIE_4)
+    cluster = Cluster(
+        between=BETWEEN * DEVICES_PER_MACHINE, inside=inside,
+        devices_per_node=DEVICES_PER_MACHINE, device_flops=device.flops[memory.precision],
+        mfu=device.mfu,
+    )  # fmt: skip
+    sent = traffic(
+        model.shape, topology=memory.topology, devices=hardware.count,
+        accumulation=memory.accumulation,
+        reduce_bytes=planning.HALF if recipe.reduce_dtype == "bf16" else planning.FP32,
+    )  # fmt: skip
+    flops = planning.training_flops(model.shape, recipe.data.block_size)
+    seconds = recipe.tokens_per_update * flops / hardware.rate(recipe.precision)
+    common: dict[str, Any] = {"devices": hardware.count, "cluster": cluster}
+    common["accumulation"] = memory.accumulation
+    low, high = (efficiency(seconds, sent, is_overlapped=b, **common) for b in (False, True))
+    return low, high
+
+
+def _scored(
+    recipe: Recipe, updates: int, epochs: float | None, held_out_tokens: float | None
+) -> tuple[int, float]:
+    """Return how many evaluations there are while training, and the tokens of them and the last.
+
+    Held-out text whose size is not known counts as nothing where `evaluation.tokens` does not say.
+    """
+    training, each = recipe.training, recipe.evaluation.tokens
+    validation = (held_out_tokens or 0) / 2  # the test has about as many
+    each = validation if each is None else min(each, validation or each)
+    when, every = training.get("eval_strategy", "no"), training.get("eval_steps")
+    count = 0
+    if when == "steps":
+        every = every or training.get("logging_steps", 500)
+        every = max(1, round(every * updates)) if every < 1 else every
+        count = int(updates // every)
+    elif when == "epoch":
+        count = int(epochs or 0)
+    return count, count * each + (held_out_tokens or 0)
+
+
+def _is_compiled(recipe: Recipe) -> bool:
+    return bool(recipe.training.get("torch_compile"))

@@ -1,0 +1,128 @@
+"""Which question is asked of a plan, and its answer as text, numbers and picture."""
+
+import datetime
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import budgeting, json_file, plan_text, recipe_writing
+from pipeline.hardware import Hardware, budget, hardware
+from pipeline.options import PlanOptions
+from pipeline.recipe import InputError, Recipe
+from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, plan
+
+
+class Answer(NamedTuple):
+    """What is shown, kept and drawn."""
+
+    text: str
+    numbers: dict[str, Any]
+    draw: Callable[[str | None], None]
+    """To a file, if one is named."""
+
+
+def check_targets(options: PlanOptions) -> None:
+    """See that the files that are asked for can be written.
+
+    Raises:
+        InputError: one cannot.
+    """
+    json_file.check_target(options.json_)
+    if options.picture is not None:
+        target = Path(options.picture)
+        if not os.access(target.parent, os.W_OK) or target.is_dir():
+            raise InputError(
+                f"--picture {options.picture}: cannot be written; give a file in a folder that can"
+            )
+
+
+def answer(recipe: Recipe, options: PlanOptions) -> Answer:
+    """Return the plan of the recipe, the recipe of a budget, or the law of a ladder.
+
+    Raises:
+        InputError: what the rooms of these raise.
+    """
+    if options.fit is not None:
+        return _of_ladder(recipe, options)
+    if options.budget is not None:
+        return _of_budget(recipe, options)
+    found = plan(recipe, options, _with_mfu(hardware(options.hardware), options.mfu))
+    return Answer(_table(found), as_numbers(found), _drawing(recipe, options, found))
+
+
+def _of_budget(recipe: Recipe, options: PlanOptions) -> Answer:
+    path = recipe_writing.place_of(options.budget, options.recipe, overwrite=options.overwrite)
+    machine, seconds = budget(options.budget)
+    named = options.model_copy(update={"config": str(path)})
+    choice = budgeting.choose(recipe, named, _with_mfu(machine, options.mfu), seconds)
+    recipe_writing.write(choice, path, budget=options.budget)
+    commands = recipe_writing.launch_lines(choice, path)
+    text = [
+        plan_text.choice_table(choice, options.budget), "", _table(choice.plan), "",
+        f"recipe in {path}; launch it with", *(f"  {line}" for line in commands),
+    ]  # fmt: skip
+    numbers = {
+        "budget": {"text": options.budget, "seconds": seconds},
+        "recipe_file": str(path),
+        "reasons": choice.reasons,
+        "commands": commands,
+        "plan": as_numbers(choice.plan),
+    }
+    return Answer("\n".join(text), numbers, _drawing(choice.recipe, named, choice.plan))
+
+
+def _of_ladder(recipe: Recipe, options: PlanOptions) -> Answer:
+    from pipeline import ladder, law_fit, law_picture, law_table  # SciPy, matplotlib
+
+    named = {Path(name).resolve(): name for name in [*options.fit, *options.leave_out]}
+    left_out = ladder.points(options.leave_out) if options.leave_out else []
+    gone = {(run.parameters, run.tokens) for run in left_out}
+    every = ladder.points(list(named.values()))  # checked to be comparable, together
+    found = law_fit.fit([run for run in every if (run.parameters, run.tokens) not in gone])
+    planned = None
+    if options.config is not None:
+        here = plan(recipe, options, _with_mfu(hardware(options.hardware), options.mfu))
+        if here.work.tokens is None:
+            raise InputError(f"{options.config}: {NO_UPDATES_KNOWN}")
+        planned = here.model.parameters, here.work.tokens
+
+    def draw(path: str | None) -> None:
+        if path is not None:
+            law_picture.draw(found, Path(path), left_out, planned)
+
+    numbers = {
+        "law": as_numbers(found.law), "ranges_95": as_numbers(found.ranges),
+        "scatter": found.scatter, "undetermined": found.undetermined,
+        "runs": as_numbers(found.runs),
+        "left_out": [
+            {**as_numbers(run), "foretold": as_numbers(found.predicted(run.parameters, run.tokens))}
+            for run in left_out
+        ],
+        "planned": None if planned is None else {
+            "parameters": planned[0], "tokens": planned[1], **as_numbers(found.predicted(*planned)),
+        },
+    }  # fmt: skip
+    return Answer(law_table.table(found, left_out, planned), numbers, draw)
+
+
+def _table(found: Plan) -> str:
+    return plan_text.table(found, now=datetime.datetime.now())
+
+
+def _drawing(recipe: Recipe, options: PlanOptions, found: Plan) -> Callable[[str | None], None]:
+    def draw(path: str | None) -> None:
+        if path is not None:
+            from pipeline.plan_picture import draw_plan  # matplotlib: half a second
+
+            draw_plan(recipe, options, found, path)
+
+    return draw
+
+
+def _with_mfu(machine: Hardware, mfu: float | None) -> Hardware:
+    """Return the hardware at the MFU that a person states."""
+    if mfu is None:
+        return machine
+    source = f"MFU by --mfu, instead of {machine.device.mfu:.1%}: {machine.device.source}"
+    return machine._replace(device=machine.device._replace(mfu=mfu, source=source))
