@@ -19,7 +19,7 @@ def place_of(budget: str, asked: str | None, *, overwrite: bool) -> Path:
     """Return the file to write.
 
     Raises:
-        InputError: it is there already, or cannot be written.
+        InputError: it is there already.
     """
     words = "".join(c if c.isalnum() or c in ".-" else " " for c in budget.split("/")[-1]).split()
     path = PLACE / f"{'_'.join(words)}.yaml" if asked is None else Path(asked)
@@ -27,15 +27,15 @@ def place_of(budget: str, asked: str | None, *, overwrite: bool) -> Path:
         raise InputError(
             f"--recipe {path}: is there already; name another file, or replace it with --overwrite"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--recipe {path}: cannot be written: {error.strerror}") from None
     return path
 
 
 def write(choice: Choice, path: Path, *, budget: str) -> None:
-    """Write the recipe of a budget, its commands naming `path`."""
+    """Write the recipe of a budget, its commands naming `path`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     values = choice.recipe.as_dict()
     values["training"] = {k: v for k, v in values["training"].items() if k != "output_dir"}
     warmup = values["schedule"]["warmup_steps"]  # read as a number that may be a fraction
@@ -48,8 +48,12 @@ def write(choice: Choice, path: Path, *, budget: str) -> None:
         for name in order
         if name in values and (name, values[name]) != ("precision", "auto")
     ]
-    with artifact.full_disk_said(path.parent):
-        artifact.write_whole(path, head + "\n" + "\n".join(parts))
+    try:
+        with artifact.full_disk_said(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifact.write_whole(path, head + "\n" + "\n".join(parts))
+    except OSError as error:
+        raise InputError(f"--recipe {path}: cannot be written: {error.strerror}") from None
 
 
 def launch_lines(choice: Choice, path: Path) -> list[str]:

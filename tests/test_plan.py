@@ -325,6 +325,10 @@ def test_a_ladder_without_a_recipe_is_only_fitted(planned, ladder):
         ("--budget cpu\u00a00.1s", "cannot train the smallest size"),
         ("--budget cpu\u00a01h --fit a.json", "give one of --budget and --fit"),
         ("--budget cpu\u00a01h --hardware h100", "--budget names the devices itself"),
+        (
+            "--budget cpu\u00a01h --recipe a/b.txt/c.yaml",
+            "--recipe a/b.txt/c.yaml: cannot be written",
+        ),
         ("--recipe a.yaml", "--recipe has a meaning with --budget only"),
         ("--overwrite", "--overwrite has a meaning with --budget only"),
         ("--leave_out a.json", "--leave_out has a meaning with --fit only"),
@@ -352,6 +356,8 @@ def test_a_ladder_without_a_recipe_is_only_fitted(planned, ladder):
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_text("a file, not a folder")
     given = [word.replace("\u00a0", " ") for word in argv.split(" ")]
     with pytest.raises(InputError) as caught:
         plan.main(given)
