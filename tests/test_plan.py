@@ -1,8 +1,8 @@
 """What the door says of recipes, budgets and ladders: numbers, tables, pictures, mistakes."""
 
 import json
-import re
 import math
+import re
 import subprocess
 import sys
 
