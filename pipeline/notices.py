@@ -11,9 +11,9 @@ from pipeline.symptoms import (
     LEAST_LOSS_SPREAD,
     LEAST_NORM_SPREAD,
     Score,
+    beside_guessing,
     causes,
     enough,
-    is_stuck,
     score,
     typical,
 )
@@ -34,7 +34,8 @@ class Notices:
         self,
         section: GuardSection,
         *,
-        vocabulary: int | None,
+        vocabulary: int,
+        is_fresh: bool,
         warmup_updates: int,
         tell: Callable[[dict[str, Any], str], None],
         before: dict[str, Any] | None = None,
@@ -42,13 +43,15 @@ class Notices:
         """Begin, or go on from the `state` of a checkpoint.
 
         Args:
-            vocabulary: of a fresh model; None where ln(vocabulary) says nothing.
+            vocabulary: of the model.
+            is_fresh: whether it begins by guessing.
             warmup_updates: updates whose norms no later ones are compared with.
             tell: is given a notice for the history and its sentence with causes, for a person.
             before: a `state`.
         """
         self.section = section
-        self._vocabulary, self._warmup_updates, self._tell = vocabulary, warmup_updates, tell
+        self._vocabulary, self._is_fresh = vocabulary, is_fresh
+        self._warmup_updates, self._tell = warmup_updates, tell
         known = before or {}
         window = section.spike_window
         self.losses = deque(known.get("losses", []), window)
@@ -122,14 +125,13 @@ class Notices:
 
     def _look_at_trends(self, step: int) -> None:
         section, window = self.section, self.section.spike_window
-        if section.stuck_updates and self._vocabulary and step >= section.stuck_updates:
-            last = self.losses[-1]
-            self._notice(
-                "stuck", step,
-                f"the loss is {last:.3f}, and ln({self._vocabulary:,}) = "
-                f"{math.log(self._vocabulary):.3f} is what guessing gives",
-                is_there=is_stuck(self.losses, self._vocabulary),
-            )  # fmt: skip
+        if section.stuck_updates:
+            found = beside_guessing(self.losses, self._vocabulary)
+            guessing = f"ln({self._vocabulary:,}) = {math.log(self._vocabulary):.3f}"
+            seen = f"the loss is {self.losses[-1]:.4g}, and guessing gives {guessing}"
+            is_late = self._is_fresh and step >= section.stuck_updates
+            self._notice("stuck", step, seen, is_there=found == "stuck" and is_late)
+            self._notice("diverged", step, seen, is_there=found == "diverged")
         is_due = section.norm_growth and step % window == 0 and len(self.norms) == window
         if not is_due or step - window < self._warmup_updates:
             return
@@ -153,13 +155,13 @@ class Notices:
         times = self._times[name] = self._times.get(name, 0) + 1
         if times & (times - 1):
             return
-        seen += f" (the {times}th time)" if times > 2 else " (again)" if times == 2 else ""
-        sentence = f"update {step}: {seen}\n  likely, in this order: {causes(name)}"
+        head = f"update {step}: again, " if times > 1 else f"update {step}: "
+        sentence = f"{head}{seen}\n  likely, in this order: {causes(name)}"
         self._tell({"notice": name, "update": step, "seen": seen}, sentence)
 
 
 def _above(name: str, one: Score) -> str:
-    return (
-        f"the {name} is {one.value:.4g}, {one.z:.1f} standard deviations above the mean of the "
-        f"updates before ({one.mean:.4g})"
-    )
+    how = f"{one.z:.1f} standard deviations above"
+    if name != "loss":
+        how = f"{one.value / one.mean:.1f} times"
+    return f"the {name} is {one.value:.4g}, {how} the mean before ({one.mean:.4g})"

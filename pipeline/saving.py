@@ -82,10 +82,10 @@ class SavingTrainer(Trainer):
 
     def _watch_updates(self) -> None:
         """Guard the updates from where the checkpoint that was resumed, if any, left off."""
-        is_fresh = self.recipe.model.pretrained is None
         self._notices = Notices(
             self.recipe.guards,
-            vocabulary=self.model.config.vocab_size if is_fresh else None,
+            vocabulary=self.model.config.vocab_size,
+            is_fresh=self.recipe.model.pretrained is None,
             warmup_updates=warmup_left(self.recipe.schedule, max_steps=self._horizon),
             tell=self._tell_notice,
             before=self._resumed.get("guards"),

@@ -291,7 +291,7 @@ class GuardSection(Section):
     """
     stuck_updates: int = Field(100, ge=0)
     """A fresh model's loss that is still at ln(vocabulary) after so many updates learns nothing
-    (the quickstart is 9 % below it after 10); 0: off."""
+    (the quickstart is 9 % below it after 10); far above it, the run has diverged; 0: off."""
     norm_growth: float = Field(5.0, ge=0)
     """Gradient norms grow if their median over a window is so many times the lowest since the
     warm-up (healthy runs here: up to 2.5 times); 0: off."""

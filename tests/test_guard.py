@@ -233,8 +233,8 @@ def test_one_row_that_gives_no_number_is_found(smoke_recipe, tmp_path, value, pl
     assert str(caught.value) == (
         "update 6 was not made: its loss or gradient is infinite or not a number; of its 16 rows "
         f"these give it by themselves: {row}; faults.rollbacks is 0. Likely, in this order: rows "
-        "unlike the rest (prepare_data.py --show 20, faults.rollbacks: 3); fp16 (precision: bf16); too high "
-        "a rate (training.learning_rate x 0.1)"
+        "unlike the rest (prepare_data.py --show 20, faults.rollbacks: 3); fp16 (precision: bf16); "
+        "too high a rate (training.learning_rate x 0.1)"
     )
     assert steps_on_disk(tmp_path) == [2, 4]
     assert list(trainer.seen) == [1, 2, 3, 4, 5, 6]
