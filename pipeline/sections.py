@@ -284,11 +284,11 @@ class GuardSection(Section):
     spike_sigmas: float = Field(6.0, ge=0)
     """A loss, or a gradient norm, so many standard deviations above the mean of the updates before
     is a spike (OLMo-core's 6; healthy runs here reached 3.4); 0: off."""
-    spike_window: int = Field(128, ge=10)
+    spike_window: int = Field(128, ge=20)
     """Updates that it is measured by (as in OLMo-core and llm.c), once half of them are there."""
     skip_spikes: bool = False
-    """Whether an update with a spike is not made, its rows being lost; counted in skipped_updates.
-    """
+    """Whether an update with a spike is not made, its rows being lost (skipped_updates counts them;
+    of equal spikes in a row four at most, as they raise what is measured by)."""
     stuck_updates: int = Field(100, ge=0)
     """A fresh model's loss that is still at ln(vocabulary) after so many updates learns nothing
     (the quickstart is 9 % below it after 10); far above it, the run has diverged; 0: off."""

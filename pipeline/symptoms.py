@@ -11,7 +11,7 @@ from typing import NamedTuple
 # recipe at a rate of 1e-9 stays within 0.4 %; far above it no model begins: too high a rate leads
 # there.
 BETTER_THAN_GUESSING, WORSE_THAN_GUESSING = 0.98, 1.1
-GUESSING_OVER = 20  # updates, so that no single one counts
+GUESSING_OVER = 20  # updates, so that no single one counts; guards.spike_window holds them
 
 # A series that hardly varies has spikes everywhere. Of a loss a thousandth of its mean counts as
 # spread at least: with 6 sigmas a spike is then 0.6 % above it. Gradient norms do vary: in healthy
