@@ -58,7 +58,8 @@ NOT_REFUSED = {
     "optimizer.matrix_rate": "applied",
     "optimizer.newton_schulz_steps": "applied", "data.path": "harmless",
     "model.attn_implementation": "applied",
-    "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied", "guards": "applied",
+    "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",
+    "guards": "applied",
     "generation": "harmless", "faults": "harmless", "hub": "harmless",
 }  # fmt: skip
 
