@@ -324,6 +324,9 @@ def test_a_run_goes_back_and_on_without_the_rows_of_the_update(smoke_recipe, tmp
     assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [3, 6, 9, 12, 15]
     facts = artifact.read_manifest(tmp_path / "run" / "checkpoint-16")["facts"]
     assert facts["left_out"] == sorted(rows) and facts["rollbacks"] == 1
+    (notice,) = [e for e in trainer.state.log_history if "notice" in e]
+    assert (notice["notice"], notice["update"], notice["step"]) == ("rows_not_finite", 8, 6)
+    assert notice["seen"].endswith("; the run went back to checkpoint-6, and on without its rows")
     assert artifact.read_manifest(tmp_path / "run" / "checkpoint-6")["facts"]["left_out"] == []
 
 

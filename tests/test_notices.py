@@ -314,8 +314,8 @@ def test_a_text_learnt_by_heart_is_said_once(smoke_recipe, tmp_path, caplog):
         "data__files": [str(tmp_path / "train.txt")], "tokenizer__vocab_size": 300,
         "data__validation_files": [str(tmp_path / "other.txt")], "data__test_fraction": 0,
         "training__learning_rate": 1e-2,
-        "training__max_steps": 300, "training__eval_strategy": "steps", "training__eval_steps": 30,
-        "training__save_steps": 300,
+        "training__max_steps": 120, "training__eval_strategy": "steps", "training__eval_steps": 20,
+        "training__save_steps": 120,
     }  # fmt: skip
     trainer = trained(made(smoke_recipe, tmp_path / "run", **values))
     found = [n for n in notices_of(trainer) if n["notice"] == "overfitting"]
