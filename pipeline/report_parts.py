@@ -206,7 +206,7 @@ def _noticed(record: RunRecord) -> Part | None:
         return None
     rows = [[f"{log['update']:,}", without_folders(str(log["seen"]))] for log in found]
     known = dict.fromkeys(log["notice"] for log in found if log["notice"] in SYMPTOMS)
-    notes = [f"Likely, in this order, of {SYMPTOMS[n].title}: {causes(n)}." for n in known]
+    notes = [f"Likely causes of {SYMPTOMS[n].title}, in this order: {causes(n)}." for n in known]
     return Part("What was noticed", tables=[Table(["update", "what"], rows)], notes=notes)
 
 

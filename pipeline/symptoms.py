@@ -58,7 +58,7 @@ SYMPTOMS = {
         ),
     ),
     "stuck": Symptom(
-        "stuck at ln(vocabulary)",
+        "a loss stuck at ln(vocabulary)",
         "after `guards.stuck_updates` updates the loss is still what guessing gives: nothing is "
         "learnt",
         (
@@ -68,7 +68,7 @@ SYMPTOMS = {
         ),
     ),
     "diverged": Symptom(
-        "far above ln(vocabulary)",
+        "a loss far above ln(vocabulary)",
         "20 losses in a row are more than 10 % above what guessing gives: the run has diverged",
         (_LOWER_RATE, _WARM_UP, _CLIP),
     ),
@@ -110,7 +110,7 @@ SYMPTOMS = {
         ),
     ),
     "rows_not_finite": Symptom(
-        "... that single rows give by themselves",
+        "a loss that is not finite, of single rows",
         "the message names them; the rest of the update was sound",
         (
             Treatment("rows unlike the rest", f"{_LOOK_AT_ROWS}, `faults.rollbacks: 3`"),

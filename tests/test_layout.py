@@ -31,6 +31,8 @@ WITHOUT_TORCH = (
     "space",
     "planning",
     "communication",
+    "symptoms",
+    "notices",
 )
 
 
