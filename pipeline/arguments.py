@@ -129,6 +129,11 @@ def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
             "precision: fp16 is not tried where the accelerate config shards the model (FSDP or "
             "DeepSpeed); use bf16 or fp32, or accelerate_configs/ddp.yaml"
         )
+    if precision == "fp16" and recipe.guards.skip_spikes:
+        raise InputError(
+            "guards.skip_spikes: with precision fp16 the gradient scaler decides which updates are "
+            "made; use bf16 or fp32, or leave it out"
+        )
     launch.check(wanted, precision=precision)
     if stated.get("torch_compile") and on_cpu and not machine.has_compiler():
         logger.warning("torch_compile: no C++ compiler and Python.h here; going on without")

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.blocks import Rows
+from pipeline.gap import verdict
 from pipeline.held_out import HeldOutBatches
 from pipeline.model import model_with
 from pipeline.recipe import InputError, Recipe
@@ -70,7 +71,9 @@ class EvaluatingTrainer(ResumableTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Leave the random state as it was, so that evaluating more often changes no weight."""
         with self._aside("evaluation.tokens"), self.accelerator.autocast():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self._notices.evaluated(self.state.global_step, verdict(self.state.log_history))
+        return metrics
 
     @contextlib.contextmanager
     def _aside(self, remedy: str) -> Iterator[None]:

@@ -4,6 +4,8 @@ import math
 from bisect import bisect_left, bisect_right
 from typing import Any, NamedTuple
 
+from pipeline.symptoms import causes
+
 # What counts as a change, as a fraction of the loss. Three seeds of the quickstart end within 0.7 %
 # of their mean: less than 1 % is what another seed could have done as well.
 NOISE = 0.01
@@ -13,12 +15,6 @@ LAST_PART = 0.25
 # updates over one short story, which it then knows by heart, with 51 %.
 LARGE_GAP = 0.25
 
-TREATMENT = (
-    "more or more varied text (data.files), fewer passes over it (training.max_steps), a smaller "
-    "model (model.config), more training.weight_decay, and evaluation.early_stopping_patience with "
-    "training.load_best_model_at_end, which keeps the best weights"
-)
-
 
 class Verdict(NamedTuple):
     """What the curves say."""
@@ -26,6 +22,8 @@ class Verdict(NamedTuple):
     kind: str
     """improving, flat, overfitting, unstable (both losses rose) or unknown."""
     sentence: str
+    seen: str = ""
+    """Of overfitting: the sentence without what treats it."""
 
 
 class _Point(NamedTuple):
@@ -59,10 +57,8 @@ def verdict(history: list[dict[str, Any]], *, keeps_best: bool = False) -> Verdi
         gap += f", {abs(difference):.4f} {side} the training loss around it ({last.training:.4f})"
     if len(points) == 1:
         if last.training is not None and last.training < (1 - LARGE_GAP) * last.held_out:
-            return Verdict(
-                "overfitting",
-                f"{gap}. One evaluation shows no trend, but so wide a gap is overfitting. What "
-                f"treats it: {TREATMENT}.",
+            return _overfitting(
+                f"{gap}. One evaluation shows no trend, but so wide a gap is overfitting"
             )
         return Verdict("unknown", f"{gap}. One evaluation shows no trend.")
     if last.held_out > best.held_out * (1 + NOISE):
@@ -90,16 +86,21 @@ def _risen(best: _Point, last: _Point, gap: str, keeps_best: bool) -> Verdict:
     kept = " The saved weights are those of the best evaluation." if keeps_best else ""
     falling = None not in (best.training, last.training) and last.training < best.training
     if falling:
-        return Verdict(
-            "overfitting",
+        return _overfitting(
             f"{gap}. Overfitting: {rose} while the training loss fell from {best.training:.4f} to "
-            f"{last.training:.4f}. What treats it: {TREATMENT}.{kept}",
+            f"{last.training:.4f}",
+            kept,
         )
     return Verdict(
         "unstable",
         f"{gap}. Unstable: {rose}, and the training loss did not fall. What treats it: a lower "
         f"training.learning_rate, a longer schedule.warmup_steps, training.max_grad_norm.{kept}",
     )
+
+
+def _overfitting(seen: str, kept: str = "") -> Verdict:
+    treated = f"Likely, in this order: {causes('overfitting')}."
+    return Verdict("overfitting", f"{seen}. {treated}{kept}", seen)
 
 
 def _points(history: list[dict[str, Any]]) -> list[_Point]:

@@ -65,9 +65,7 @@ def schedule(section: ScheduleSection, *, max_steps: int) -> Callable[[int], flo
     Raises:
         InputError: the warm-up is not shorter than the horizon.
     """
-    whole = section.past_updates + max_steps
-    decay_steps = _steps(section.horizon_steps, whole, whole_is_a_fraction=True)
-    warmup_steps = _steps(section.warmup_steps, decay_steps, whole_is_a_fraction=False)
+    warmup_steps, decay_steps = _bounds(section, max_steps)
     if warmup_steps >= decay_steps:
         raise InputError(
             f"schedule.warmup_steps comes to {warmup_steps} updates and the horizon to "
@@ -82,6 +80,17 @@ def schedule(section: ScheduleSection, *, max_steps: int) -> Callable[[int], flo
     }[section.name]
     curve = functools.partial(curve, **common, **own)
     return functools.partial(_later, curve, section.past_updates) if section.past_updates else curve
+
+
+def warmup_left(section: ScheduleSection, *, max_steps: int) -> int:
+    """Return how many of a run's `max_steps` updates belong to the warm-up."""
+    return max(0, _bounds(section, max_steps)[0] - section.past_updates)
+
+
+def _bounds(section: ScheduleSection, max_steps: int) -> tuple[int, int]:
+    whole = section.past_updates + max_steps
+    decay_steps = _steps(section.horizon_steps, whole, whole_is_a_fraction=True)
+    return _steps(section.warmup_steps, decay_steps, whole_is_a_fraction=False), decay_steps
 
 
 def _later(curve: Callable[[int], float], past: int, step: int) -> float:

@@ -35,7 +35,7 @@ PLACE = "learning_rate"  # the folder in the output folder that holds what a swe
 LINES = 5  # of progress for each sweep, where there is no terminal
 
 # What a sweep does not do: compile (25 s on the quickstart, whose sweeps take less), save,
-# evaluate, report, push, and follow the recipe's schedule.
+# evaluate, report, push, and follow the recipe's schedule; nor does it say that it spikes.
 _LEFT_OUT = (
     "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "eval_on_start",
     "num_train_epochs",
@@ -81,7 +81,11 @@ def swept(recipe: Recipe, options: FindOptions) -> Recipe:
         "torch_compile": False,
     }  # fmt: skip
     return recipe.with_values(
-        training=training, schedule={"warmup_steps": 0}, evaluation={}, generation={}
+        training=training,
+        schedule={"warmup_steps": 0},
+        evaluation={},
+        generation={},
+        guards={"spike_sigmas": 0, "stuck_updates": 0, "norm_growth": 0, "gap": False},
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.sections import (
     EvaluationSection,
     FaultSection,
     GenerationSection,
+    GuardSection,
     HubSection,
     ModelSection,
     OptimizerSection,
@@ -76,6 +77,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     faults: FaultSection = Field(default_factory=FaultSection)
+    guards: GuardSection = Field(default_factory=GuardSection)
     hub: HubSection = Field(default_factory=HubSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""

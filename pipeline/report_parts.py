@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.curves import Panel
-from pipeline.run_record import RunRecord, file_name
+from pipeline.run_record import RunRecord, file_name, without_folders
+from pipeline.symptoms import SYMPTOMS, causes
 from pipeline.wording import AMOUNT, NOTHING, duration, finite, short, written
 
 
@@ -103,8 +104,8 @@ def headlines(record: RunRecord) -> list[tuple[str, str, str]]:
 def run_parts(record: RunRecord) -> list[Part]:
     """Return what there is to say of a run."""
     parts = [
-        _results(record), _tasks(record), _curves(record), _samples(record), _data(record),
-        _cost(record), _made_with(record),
+        _results(record), _tasks(record), _curves(record), _noticed(record), _samples(record),
+        _data(record), _cost(record), _made_with(record),
         Part("Recipe", code=yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)),
     ]  # fmt: skip
     return [part for part in parts if part is not None]
@@ -196,6 +197,17 @@ def _curves(record: RunRecord) -> Part:
         )
     is_warning = record.verdict.kind in ("overfitting", "unstable")
     return Part("Curves", sentences, is_warning, panels=drawn, notes=notes)
+
+
+def _noticed(record: RunRecord) -> Part | None:
+    """Say what `notices` has kept in the logs; a run that was well has nothing to say."""
+    found = [log for log in record.history if "notice" in log]
+    if not found:
+        return None
+    rows = [[f"{log['update']:,}", without_folders(str(log["seen"]))] for log in found]
+    known = dict.fromkeys(log["notice"] for log in found if log["notice"] in SYMPTOMS)
+    notes = [f"Likely causes of {SYMPTOMS[n].title}, in this order: {causes(n)}." for n in known]
+    return Part("What was noticed", tables=[Table(["update", "what"], rows)], notes=notes)
 
 
 def _samples(record: RunRecord) -> Part | None:

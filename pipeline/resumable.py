@@ -25,6 +25,7 @@ from pipeline.recipe import InputError, RunFailed
 from pipeline.row_order import RowOrder
 from pipeline.run_files import SAMPLES
 from pipeline.saving import SavingTrainer
+from pipeline.symptoms import causes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class ResumableTrainer(SavingTrainer):
         self._seen_step: int | None = None  # the last one that could be logged and saved
         self._is_to_stop = self._owes_save = False
         self._settled: DistributedDataParallel | None = None
+        self._update_loss: torch.Tensor | None = None  # of the batches of an update until now
+        self._faults: list[dict[str, Any]] = []  # noticed since this process began
         super().__init__(*given, **parts)
 
     def train_from(
@@ -139,7 +142,8 @@ class ResumableTrainer(SavingTrainer):
         self._left_out |= set(self._resumed.get("left_out", []))
         self._rollbacks = max(self._rollbacks, self._resumed.get("rollbacks", 0))
         self._clock = Clock(self.recipe.tokens_per_update, self._resumed)
-        self._saved_step = self._seen_step = None
+        self._watch_updates()
+        self._saved_step = self._seen_step = self._update_loss = None
         self._owes_save = False
         # A new run may begin with an evaluation; one that goes on has had it.
         self.args.eval_on_start = self.args.eval_on_start and found is None
@@ -182,6 +186,7 @@ class ResumableTrainer(SavingTrainer):
         batches = {r: self._prepare_inputs(self.train_dataset.__getitems__([r])) for r in own}
         with torch.compiler.set_stance("force_eager"):  # a batch of one compiles nothing
             alone = self._processes.gathered(wrong_rows(self.model, batches))
+        symptom = fault.symptom(rows, alone)
         self._writer.wait()
         folder, limit = Path(self.args.output_dir), self.recipe.faults.rollbacks
         found = self._processes.told(lambda: checkpoint.newest_whole(folder, before=fault.step))
@@ -193,12 +198,18 @@ class ResumableTrainer(SavingTrainer):
         elif 2 * len(self._left_out | set(rows)) > len(self.train_dataset):
             why = "half of all rows would be left out"
         if why is not None:
-            raise RunFailed(f"{fault.described(rows, alone)}; {why}")
+            likely = f". Likely, in this order: {causes(symptom)}" if symptom else ""
+            raise RunFailed(f"{fault.described(rows, alone)}; {why}{likely}")
         self._rollbacks += 1
         self._left_out |= set(rows)
+        said = fault.described(rows, alone)
+        seen = f"{said}; the run went back to {found.name}, and on without its rows"
+        notice = symptom or "not_finite"
+        self._faults.append({"notice": notice, "update": fault.step, "seen": seen})
+        likely = f"\n  likely, in this order: {causes(symptom)}" if symptom else ""
         logger.error(
-            "%s. Going back to %s, without the rows of that update from here on (%d of %d)",
-            fault.described(rows, alone), found, self._rollbacks, limit,
+            "%s. Going back to %s, without the rows of that update from here on (%d of %d)%s",
+            said, found, self._rollbacks, limit, likely,
         )  # fmt: skip
         return found
 
@@ -236,6 +247,10 @@ class ResumableTrainer(SavingTrainer):
         """Log, evaluate and save as often as the recipe says now, not as the checkpoint did."""
         found = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        known = [(log.get("notice"), log.get("update")) for log in self.state.log_history]
+        for fault in self._faults:  # what comes after the checkpoint has forgotten them
+            if (fault["notice"], fault["update"]) not in known:
+                self._keep_notice(fault)
         return found
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -274,7 +289,10 @@ class ResumableTrainer(SavingTrainer):
         with self._clock.batch(step):
             if isinstance(model, DistributedDataParallel) and self._settled is not model:
                 self._settle(model, inputs, *args)
-            return super().training_step(model, inputs, *args)
+            loss = super().training_step(model, inputs, *args)
+        before = self._update_loss
+        self._update_loss = loss.clone() if before is None else before + loss
+        return loss
 
     def _settle(self, model: DistributedDataParallel, inputs: dict[str, Any], *args: Any) -> None:
         """Let DDP find out in which order gradients come, by passes of which nothing is kept.
@@ -296,10 +314,11 @@ class ResumableTrainer(SavingTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
             norm = math.inf  # its engine makes the update in the backward pass, or none of that
+        loss, self._update_loss = self._update_loss, None
         self._guard.look(
             self.state.global_step + 1,
             grad_norm=norm,
-            loss=self._tr_loss,
+            loss=loss,
             optimizer=self.optimizer.optimizer,
             is_scaled=self.accelerator.scaler is not None,
         )

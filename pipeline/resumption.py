@@ -32,7 +32,7 @@ HARMLESS = (
 
 # These keep the order of rows: a run can go on with the new value.
 APPLIED = (
-    "schedule", "precision", "reduce_dtype", "evaluation", "optimizer.momentum",
+    "schedule", "precision", "reduce_dtype", "evaluation", "guards", "optimizer.momentum",
     "optimizer.newton_schulz_steps",
     "optimizer.matrix_rate", "model.attn_implementation", "model.config.attn_pdrop",
     "model.config.embd_pdrop", "model.config.resid_pdrop", "training.learning_rate",

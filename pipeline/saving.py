@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from pipeline import adaptation, artifact, checkpoint, resumption, zero
 from pipeline.clock import Clock
 from pipeline.guard import Guard
+from pipeline.lr_schedule import warmup_left
+from pipeline.notices import Notices
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
@@ -49,13 +52,13 @@ class SavingTrainer(Trainer):
         self._watchdog = Watchdog(
             recipe.faults.hang_seconds, rank=self._processes.rank, count=self._processes.count
         )
-        self._guard = Guard(process_count=self._processes.count)
         self._left_out: set[int] = set()  # rows of updates that were not made
         self._rollbacks = 0
         self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
         self._saved_step: int | None = None
         self._fingerprints = fingerprints
         super().__init__(args=arguments, **parts)
+        self._watch_updates()
         self._training_state = TrainingState(self)
         folder, keep = Path(arguments.output_dir), arguments.save_total_limit
         self._writer = checkpoint.Writer(
@@ -76,6 +79,30 @@ class SavingTrainer(Trainer):
         if self.args.max_steps > 0:
             return self.args.max_steps
         return math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
+
+    def _watch_updates(self) -> None:
+        """Guard the updates from where the checkpoint that was resumed, if any, left off."""
+        self._notices = Notices(
+            self.recipe.guards,
+            vocabulary=self.model.config.vocab_size,
+            is_fresh=self.recipe.model.pretrained is None,
+            warmup_updates=warmup_left(self.recipe.schedule, max_steps=self._horizon),
+            tell=self._tell_notice,
+            before=self._resumed.get("guards"),
+        )
+        self._guard = Guard(process_count=self._processes.count, notices=self._notices)
+
+    def _tell_notice(self, notice: dict[str, Any], sentence: str) -> None:
+        """Keep what was noticed among the logs, and say it beside the progress bar."""
+        self._keep_notice(notice)
+        if self._processes.is_main:
+            with tqdm.external_write_mode():
+                logger.warning("%s", sentence)
+
+    def _keep_notice(self, notice: dict[str, Any]) -> None:
+        # Not by `log`: reporters take numbers only.
+        place = {"step": self.state.global_step, "tokens_seen": self._tokens_seen}
+        self.state.log_history.append(notice | place)
 
     def _check_room(self, found: Path | None) -> None:
         arguments = self.args
@@ -222,5 +249,6 @@ class SavingTrainer(Trainer):
             "samples_bytes": samples.stat().st_size if samples.exists() else 0,
             "left_out": sorted(self._left_out),
             "rollbacks": self._rollbacks,
+            "guards": self._notices.state(),
             "optimizer": self._training_state.optimizer_name,
         }

@@ -278,6 +278,39 @@ class FaultSection(Section):
     checkpoint, to go on without the rows of that update; after that, and by default, it stops."""
 
 
+class GuardSection(Section):
+    """What is watched while a run trains, and said when it looks ill; it changes no number."""
+
+    spike_sigmas: float = Field(6.0, ge=0)
+    """A loss, or a gradient norm, so many standard deviations above the mean of the updates before
+    is a spike (OLMo-core's 6; healthy runs here reached 3.4); 0: off."""
+    spike_window: int = Field(128, ge=20)
+    """Updates that it is measured by (as in OLMo-core and llm.c), once half of them are there."""
+    skip_spikes: bool = False
+    """Whether an update with a spike is not made, its rows being lost (skipped_updates counts them;
+    of equal spikes in a row four at most, as they raise what is measured by)."""
+    stuck_updates: int = Field(100, ge=0)
+    """A fresh model's loss that is still at ln(vocabulary) after so many updates learns nothing
+    (the quickstart is 9 % below it after 10); far above it, the run has diverged; 0: off."""
+    norm_growth: float = Field(5.0, ge=0)
+    """Gradient norms grow if their median over a window is so many times the lowest since the
+    warm-up (healthy runs here: up to 2.5 times); 0: off."""
+    gap: bool = True
+    """Whether an evaluation that shows overfitting is said."""
+
+    @model_validator(mode="after")
+    def _something_to_skip(self) -> "GuardSection":
+        if self.skip_spikes and not self.spike_sigmas:
+            raise ValueError(
+                "guards.skip_spikes needs guards.spike_sigmas above 0: else nothing is a spike"
+            )
+        if 0 < self.norm_growth <= 1:
+            raise ValueError(
+                f"guards.norm_growth is a factor above 1, or 0 for off; got {self.norm_growth:g}"
+            )
+        return self
+
+
 class CardFields(Section):
     """What a model card states that no run can know."""
 

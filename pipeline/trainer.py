@@ -222,6 +222,8 @@ class PretrainingTrainer(EvaluatingTrainer):
                 logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
                 logs |= self._clock.since_last(step)
                 logs |= self._meter.read(logs["tokens_per_second"])
+                if self.recipe.guards.skip_spikes:
+                    logs["skipped_updates"] = self._notices.skipped
                 if not self._has_logged_compilation:
                     logs["compile_seconds"] = self._clock.compile_seconds
                     self._has_logged_compilation = True

@@ -65,6 +65,7 @@ def check(recipe: Recipe, *, precision: str) -> None:
         "training.optim": recipe.training.get("optim", OPTIMIZERS[0]) not in OPTIMIZERS,
         "model.frozen_blocks": recipe.model.frozen_blocks > 0,
         "faults.rollbacks": recipe.faults.rollbacks > 0,
+        "guards.skip_spikes": recipe.guards.skip_spikes,
     }
     for name in (name for name, is_wanted in unlike.items() if is_wanted):
         raise InputError(

@@ -41,6 +41,8 @@ WITHOUT_TORCH = (
     "run_plan",
     "plan_text",
     "recipe_writing",
+    "symptoms",
+    "notices",
 )
 
 

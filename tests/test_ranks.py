@@ -340,6 +340,35 @@ def test_a_number_that_is_none_in_one_process_stops_all_before_the_update(
     assert differences(outcome(folder), outcome(straight)) == []
 
 
+def test_a_spike_in_one_process_is_skipped_in_all(smoke_recipe, straight, tmp_path):
+    folder = with_data_of(straight, tmp_path / "run")
+    argv = arguments(smoke_recipe, folder, "--guards.skip_spikes", "true")
+    argv += ["--guards.spike_window", "20"]  # of which ten updates are enough
+
+    def hook(rank: int) -> None:
+        compute = PretrainingTrainer.compute_loss
+
+        def compute_loss(self, *given, **parts):
+            loss = compute(self, *given, **parts)
+            return loss * 10 if rank == 1 and self.state.global_step == 10 else loss
+
+        def keep(self, *_, **__) -> None:
+            weights = next(self.model.parameters()).detach().numpy().tobytes()
+            (tmp_path / f"{rank}.{self.state.global_step}").write_bytes(weights)
+
+        PretrainingTrainer.compute_loss = compute_loss
+        before(PretrainingTrainer, "training_step", keep)
+
+    with forked() as starter:
+        said = run(starter, 2, argv, folder, hook)
+    assert "update 11: the loss is " in said[0] and "update 11: " not in said[1]
+    guards = artifact.read_manifest(folder / "checkpoint-12")["facts"]["guards"]
+    assert guards["times"] == {"spike": 1} and guards["skipped_updates"] == 1
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("[01].*")}
+    assert kept["0.9"] != kept["0.10"] == kept["0.11"]
+    assert [n for n in range(12) if kept[f"0.{n}"] != kept[f"1.{n}"]] == []
+
+
 def test_the_others_wait_for_the_preparation_however_long_it_takes(smoke_recipe, tmp_path):
     folder, rows = tmp_path / "run", tmp_path / "run" / "blocks"
 

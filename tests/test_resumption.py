@@ -59,6 +59,7 @@ NOT_REFUSED = {
     "optimizer.newton_schulz_steps": "applied", "data.path": "harmless",
     "model.attn_implementation": "applied",
     "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",
+    "guards": "applied",
     "generation": "harmless", "faults": "harmless", "hub": "harmless",
 }  # fmt: skip
 

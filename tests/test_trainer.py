@@ -678,6 +678,15 @@ def test_values_that_cannot_work(smoke_recipe, tmp_path, overrides, words):
         training_arguments(recipe)
 
 
+def test_the_gradient_scaler_alone_skips_updates(smoke_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.machine.precision", lambda *_, **__: "fp16")  # as on a GPU
+    values = {"training.output_dir": str(tmp_path), "guards.skip_spikes": "true"}
+    with pytest.raises(
+        InputError, match="^guards.skip_spikes: with precision fp16 the gradient sc"
+    ):
+        training_arguments(read_recipe(smoke_recipe, values))
+
+
 def test_fp16_is_refused_where_weights_are_divided(smoke_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr("pipeline.machine.precision", lambda wanted, on_cpu: wanted)

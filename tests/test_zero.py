@@ -73,6 +73,7 @@ def test_a_config_that_contradicts_the_recipe_is_refused(
             "model.frozen_blocks": 1,
         },
         {"faults.rollbacks": 1},
+        {"guards.skip_spikes": True},
         {"training.optim": "adafactor"},
         {"reduce_dtype": "bf16"},
     ],
