@@ -33,6 +33,8 @@ WITHOUT_TORCH = (
     "scaling_laws",
     "ladder",
     "law_fit",
+    "law_forms",
+    "law_table",
     "communication",
 )
 
