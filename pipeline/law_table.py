@@ -13,11 +13,11 @@ BETTER = (
     "Kaplan's form (Kaplan et al. 2020, equation 1.5) lies much closer to these runs:\n"
     "what they gain from more tokens depends on their size, which a sum cannot have.\n"
     "Away from them neither the law nor its interval can be trusted; a ladder whose\n"
-    "rungs have about as many tokens per parameter as the planned run suits it better."
+    "rungs have about as many tokens per parameter as the planned run suits better."
 )
 INTERVAL = (
     "The interval is that of one more run made like these: of all laws of this form\n"
-    "that the runs leave possible, with the runs' scatter; if the form holds that far."
+    "that the runs leave possible, with their scatter, if the form holds that far."
 )
 
 
@@ -90,7 +90,7 @@ def _predicted(
         rows += [("this recipe", *planned, None), (BEST, best.parameters, best.tokens, None)]
     width = max(len("predicted"), *(len(row[0]) for row in rows))
     lines = [
-        f"{'predicted':{width}}{'parameters':>12}{'tokens':>9}{'law':>7}  {'95 %':<16}"
+        f"{'predicted':{width}}{'parameters':>12}{'tokens':>8}{'law':>7}  {'95 %':<16}"
         f"{'measured':>8}{'off':>8}{'Kaplan':>8}"
     ]
     for name, parameters, tokens, loss in rows:
@@ -99,7 +99,7 @@ def _predicted(
         if loss is not None:
             measured = f"{loss:>8.3f}{found.loss / loss - 1:>+8.2%}"
         lines.append(
-            f"{name:{width}}{short(parameters):>12}{short(tokens):>9}{found.loss:>7.3f}  "
+            f"{name:{width}}{short(parameters):>12}{short(tokens):>8}{found.loss:>7.3f}  "
             f"{f'{found.low:.3f} to {found.high:.3f}':<16}{measured}"
             f"{other.loss(parameters, tokens):>8.3f}"
         )
