@@ -184,4 +184,4 @@ def test_the_ladder_follows_the_rule(path):
     rung = settings(path)
     wanted = laws.carried(laws.QUICKSTART, tokens=rung.tokens)
     assert rung.tokens_per_update == wanted.tokens_per_update
-    assert rung.learning_rate == pytest.approx(wanted.learning_rate, rel=1e-4)
+    assert rung.learning_rate == pytest.approx(wanted.learning_rate, rel=5e-3)  # three digits
