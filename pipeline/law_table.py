@@ -4,20 +4,27 @@ from collections.abc import Sequence
 
 from pipeline.ladder import Run
 from pipeline.law_fit import Fit
+from pipeline.law_forms import Joint, joint
 from pipeline.scaling_laws import BESIROGLU, FLOPS, HOFFMANN
 from pipeline.wording import NOTHING, short
 
 BEST = "at its best"
+BETTER = (
+    "Kaplan's form (Kaplan et al. 2020, equation 1.5) lies much closer to these runs:\n"
+    "what they gain from more tokens depends on their size, which a sum cannot have.\n"
+    "Away from them neither the law nor its interval can be trusted; a ladder whose\n"
+    "rungs have about as many tokens per parameter as the planned run suits better."
+)
 INTERVAL = (
-    "The interval is that of one more run made like these: of all laws of this form that the\n"
-    "runs leave possible, and of the scatter of runs; it holds if the form holds that far."
+    "The interval is that of one more run made like these: of all laws of this form\n"
+    "that the runs leave possible, with their scatter, if the form holds that far."
 )
 
 
 def table(
     fit: Fit, left_out: Sequence[Run] = (), planned: tuple[float, float] | None = None
 ) -> str:
-    """Return the law, its runs, and what it predicts, in lines of 90 characters at most.
+    """Return the law, its runs, and what it predicts, for a terminal of 80 columns.
 
     Args:
         left_out: runs that were not fitted; they stand beside their predictions.
@@ -25,18 +32,21 @@ def table(
     """
     sizes = len({run.parameters for run in fit.runs})
     budgets = len({run.tokens for run in fit.runs})
+    other = joint(fit.runs)
     lines = [
-        f"L(N, D) = E + A / N^alpha + B / D^beta, fitted to {len(fit.runs)} runs of {sizes} sizes "
-        f"and {budgets} budgets",
-        "(Hoffmann et al. 2022, appendix D.2: Huber loss of the logarithm, from many starts)",
+        "L(N, D) = E + A / N^alpha + B / D^beta by Hoffmann et al. 2022, appendix D.2",
+        f"fitted to {len(fit.runs)} runs of {sizes} sizes and {budgets} budgets of tokens",
         "",
         *_constants(fit),
         "",
         *_measured(fit),
-        f"scatter of the runs about the law: {fit.scatter:.2%}",
+        f"scatter of the runs about the law: {fit.scatter:.2%}; about Kaplan's form: "
+        f"{other.scatter:.2%}",
     ]
+    if other.suits_better(fit):
+        lines += [BETTER]
     if left_out or planned:
-        lines += ["", *_predicted(fit, left_out, planned), INTERVAL]
+        lines += ["", *_predicted(fit, other, left_out, planned), INTERVAL]
     return "\n".join(lines)
 
 
@@ -53,9 +63,8 @@ def _constants(fit: Fit) -> list[str]:
     lines.append("Theirs are of other text, in other tokens: only alpha and beta can be compared.")
     if fit.undetermined:
         lines += [
-            f"Not determined by these runs: {', '.join(fit.undetermined)}. Far from their sizes "
-            "and tokens",
-            "the law says little; runs of other sizes or of more tokens would tell.",
+            f"Not determined by these runs: {', '.join(fit.undetermined)}. Far from their sizes",
+            "and tokens the law says little; other sizes, or more tokens, would tell.",
         ]
     return lines
 
@@ -72,24 +81,27 @@ def _measured(fit: Fit) -> list[str]:
     return lines
 
 
-def _predicted(fit: Fit, left_out: Sequence[Run], planned: tuple[float, float] | None) -> list[str]:
+def _predicted(
+    fit: Fit, other: Joint, left_out: Sequence[Run], planned: tuple[float, float] | None
+) -> list[str]:
     rows = [(run.name, run.parameters, run.tokens, run.loss) for run in left_out]
     if planned:
         best = fit.law.optimum(FLOPS * planned[0] * planned[1])
         rows += [("this recipe", *planned, None), (BEST, best.parameters, best.tokens, None)]
     width = max(len("predicted"), *(len(row[0]) for row in rows))
     lines = [
-        f"{'predicted':{width}}{'parameters':>12}{'tokens':>9}{'law':>8}  {'95 %':<16}"
-        f"{'measured':>9}{'off':>8}"
+        f"{'predicted':{width}}{'parameters':>12}{'tokens':>8}{'law':>7}  {'95 %':<16}"
+        f"{'measured':>8}{'off':>8}{'Kaplan':>8}"
     ]
     for name, parameters, tokens, loss in rows:
         found = fit.predicted(parameters, tokens)
-        measured = f"{NOTHING:>9}{NOTHING:>8}"
+        measured = f"{NOTHING:>8}{NOTHING:>8}"
         if loss is not None:
-            measured = f"{loss:>9.4f}{found.loss / loss - 1:>+8.2%}"
+            measured = f"{loss:>8.3f}{found.loss / loss - 1:>+8.2%}"
         lines.append(
-            f"{name:{width}}{short(parameters):>12}{short(tokens):>9}{found.loss:>8.3f}  "
+            f"{name:{width}}{short(parameters):>12}{short(tokens):>8}{found.loss:>7.3f}  "
             f"{f'{found.low:.3f} to {found.high:.3f}':<16}{measured}"
+            f"{other.loss(parameters, tokens):>8.3f}"
         )
     if planned:
         lines.append(f"this recipe: {fit.law.validity.said(*planned)}")

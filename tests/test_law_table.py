@@ -5,7 +5,9 @@ from ladders import BUDGETS, SIZES, TRUE, ladder
 
 from pipeline.ladder import without_largest
 from pipeline.law_fit import fit
+from pipeline.law_forms import joint
 from pipeline.law_table import table
+from pipeline.scaling_laws import kaplan_loss
 
 
 def test_the_law_its_runs_and_what_they_predict():
@@ -13,8 +15,8 @@ def test_the_law_its_runs_and_what_they_predict():
     found = fit(kept)
     text = table(found, left_out, planned=(12e6, 60e6))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 90
-    assert "fitted to 14 runs of 5 sizes and 3 budgets" in lines[0]
+    assert max(map(len, lines)) <= 95  # names of 15 letters; 80 with those of the recipes
+    assert lines[1] == "fitted to 14 runs of 5 sizes and 3 budgets of tokens"
     (alpha,) = (line.split() for line in lines if line.startswith("alpha"))
     assert alpha == [
         "alpha", f"{found.law.alpha:.3g}", f"{found.ranges['alpha'][0]:.3g}", "to",
@@ -31,8 +33,9 @@ def test_the_law_its_runs_and_what_they_predict():
     estimate = found.predicted(SIZES[-1], BUDGETS[-1])
     assert largest == [
         f"{SIZES[-1]}_{BUDGETS[-1]}", "3.09", "M", "2.87", "M", f"{estimate.loss:.3f}",
-        f"{estimate.low:.3f}", "to", f"{estimate.high:.3f}", f"{left_out[0].loss:.4f}",
+        f"{estimate.low:.3f}", "to", f"{estimate.high:.3f}", f"{left_out[0].loss:.3f}",
         f"{estimate.loss / left_out[0].loss - 1:+.2%}",
+        f"{joint(kept).loss(SIZES[-1], BUDGETS[-1]):.3f}",
     ]  # fmt: skip
     assert recipe[:6] == ["this", "recipe", "12", "M", "60", "M"]
     assert float(recipe[6]) == pytest.approx(found.law.loss(12e6, 60e6), abs=6e-4)
@@ -51,3 +54,14 @@ def test_a_law_that_fits_exactly():
     text = table(fit(ladder(noise=0, seed=0)))
     assert f"{TRUE.E:.3g}" in text
     assert "scatter of the runs about the law: 0.00%" in text
+    assert "Kaplan's form (" not in text
+
+
+def test_runs_that_follow_no_sum_are_said_to():
+    runs = [
+        run._replace(loss=kaplan_loss(run.parameters, run.tokens) * run.loss / TRUE.loss(*run[1:3]))
+        for run in ladder(noise=0.003, seed=1)
+    ]
+    kept, left_out = without_largest(runs)
+    text = table(fit(kept), left_out)
+    assert "Kaplan's form (Kaplan et al. 2020, equation 1.5) lies much closer to these runs" in text

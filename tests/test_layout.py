@@ -36,6 +36,8 @@ WITHOUT_TORCH = (
     "scaling_laws",
     "ladder",
     "law_fit",
+    "law_forms",
+    "law_table",
     "communication",
     "rate_suggestion",
     "run_plan",
