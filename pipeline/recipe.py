@@ -22,6 +22,7 @@ from pipeline.sections import (
     HubSection,
     ModelSection,
     OptimizerSection,
+    PreflightSection,
     ScheduleSection,
     Section,
     TokenizerSection,
@@ -76,6 +77,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     faults: FaultSection = Field(default_factory=FaultSection)
+    preflight: PreflightSection = Field(default_factory=PreflightSection)
     hub: HubSection = Field(default_factory=HubSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""

@@ -1,5 +1,6 @@
 """Numbers as a person reads them: counts, times, and what is not known."""
 
+import datetime
 import math
 from typing import Any
 
@@ -40,3 +41,12 @@ def duration(seconds: float) -> str:
     (size, unit), (small, small_unit) = units[large], units[large + 1]
     rest = int(seconds % size // small)
     return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")
+
+
+def finishing(seconds: float) -> str:
+    """Return when something ends that takes so long from now on, in local time."""
+    try:
+        end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    except OverflowError:
+        return "the end of days"
+    return f"{end:%Y-%m-%d %H:%M}"

@@ -60,6 +60,7 @@ NOT_REFUSED = {
     "model.attn_implementation": "applied",
     "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",
     "generation": "harmless", "faults": "harmless", "hub": "harmless",
+    "preflight": "harmless",
 }  # fmt: skip
 
 
