@@ -237,11 +237,9 @@ def judged_losses(
         said += f", and no more after {duration(lasted)}: not judged"
         return Finding(name, said, is_judged=False)
     said += f", not to half of it{broke}"
-    if broke or not last < first:
-        is_unmoved = not broke and abs(last - first) < 0.01 * first
-        way = "raise it tenfold" if is_unmoved else "lower it to a tenth"
-    else:
-        way = "raise it tenfold"
+    is_unmoved = max(losses, default=first) - min(losses, default=first) < 0.01 * first
+    is_slow = not broke and math.isfinite(last) and (last < first or is_unmoved)
+    way = "raise it tenfold" if is_slow else "lower it to a tenth"
     return Finding(name, said, f"see to training.learning_rate: {way}")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import unicodedata
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -52,12 +53,13 @@ def _row(rows: Rows, tokenizer: PreTrainedTokenizerBase, index: int) -> list[str
     reads, predicts = "  token     ", "  predicts  "
     for place in range(first, used):
         cells = [_shown(tokenizer, one) for one in (ids[place], predicted[place])]
-        width = max(map(len, cells)) + 1
+        widths = [_columns(cell) for cell in cells]
+        width = max(widths) + 1
         bar = "|| " if place in begins and place > 0 else ""
-        if len(reads) + len(bar) + width > WIDTH:
+        if _columns(reads) + len(bar) + width > WIDTH:
             break
-        reads += f"{bar}{cells[0]:<{width}}"
-        predicts += f"{bar}{cells[1]:<{width}}"
+        reads += bar + cells[0] + " " * (width - widths[0])
+        predicts += bar + cells[1] + " " * (width - widths[1])
     return [*lines, reads.rstrip(), predicts.rstrip()]
 
 
@@ -66,6 +68,12 @@ def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return NOTHING
     text = json.dumps(tokenizer.decode([token]), ensure_ascii=False)
     return text if len(text) <= LONGEST + 2 else f'{text[:LONGEST]}.."'
+
+
+def _columns(text: str) -> int:
+    """Return how many columns a terminal takes for a text."""
+    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(sign)) for sign in text)
 
 
 def _escaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import types
 from pathlib import Path
@@ -215,8 +216,8 @@ def test_a_weight_that_no_gradient_reaches(trainer):
     finding = dry_run.gradient(trainer)
     hook.remove()
     assert finding.text == (
-        "none reaches 4 of 28 trained weights: transformer.h.1.mlp.c_fc.weight, "
-        "transformer.h.1.mlp.c_fc.bias, transformer.h.1.mlp.c_proj.weight, ..."
+        "none reaches 6 of 28 trained weights: transformer.h.1.ln_2.weight, "
+        "transformer.h.1.ln_2.bias, transformer.h.1.mlp.c_fc.weight, ..."
     )
     assert finding.remedy.startswith("they would stay as they are: see to the model's forward, or")
     for parameter in trainer.model.parameters():
@@ -326,24 +327,34 @@ def messages(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", ["stream", "examples", "apart", "lora"])
 def test_every_kind_of_run_can_be_looked_at(
-    smoke_recipe, finished_run, tmp_path, said, messages, kind
+    smoke_recipe,
+    finished_run,
+    tmp_path,
+    said,
+    messages,
+    monkeypatch,
+    kind,
 ):
     make, values = make_trainer, {"training__learning_rate": 0.01}
     if kind == "stream":
         make = streamed
+        monkeypatch.setattr("pipeline.preparation.TOKENS_PER_SEGMENT", 32 * 16)
     if kind == "examples":
-        values |= {"data__files": str(messages), "data__format": "prompt_completion"}
+        values |= {"data__files": str(messages), "data__format": "prompt_completion",
+                   "tokenizer__vocab_size": 300}  # fmt: skip
     if kind == "apart":
         values |= {"data__attend_across": False, "training__per_device_train_batch_size": 4}
     if kind == "lora":
         base = shutil.copytree(finished_run, tmp_path / "base")
         values |= {"model__config": None, "model__pretrained": str(base), "model__lora_r": 4,
-                   "tokenizer__vocab_size": None, "training__learning_rate": 0.1}  # fmt: skip
+                   "tokenizer__vocab_size": None, "preflight__accept": "overfitting"}  # fmt: skip
     trainer = make(smoke_recipe, tmp_path / "run", **values)
     pusher = types.SimpleNamespace(look=lambda: "")
     with trainer.flowing():
         dry_run.look(trainer, run_of(trainer, tmp_path), pusher, PretrainOptions(dry_run=True))
-    assert marks(said()) == LINES
+    # What an adapter makes of a model this small and hardly trained is not half of its loss.
+    wanted = [name for name in LINES if name != "overfitting" or kind != "lora"]
+    assert marks(said()) == wanted and ("⚠ overfitting" in said()) == (kind == "lora")
 
 
 @pytest.mark.slow
@@ -370,16 +381,15 @@ def test_two_processes_look_together(smoke_recipe, tmp_path):
 
 def test_rows_stand_above_what_they_predict(trainer, apart):
     shown = as_text(apart.train_dataset, apart.processing_class, 2).splitlines()
-    assert max(map(len, shown)) <= 76
+    assert max(map(len, shown)) <= 76 + 2
     tokens, predicts = (
         next(line for line in shown if line.startswith(f"  {name}") and "||" in line)
         for name in ("token", "predicts")
     )
-    assert tokens.index("||") == predicts.index("||")
-    before = predicts[: predicts.index("||")].split()
-    assert before[-1] == "-"  # the first token of a document is not predicted from the last one
-    parts = tokens.removeprefix("  token").split()
-    ahead = predicts.removeprefix("  predicts").split()
+    cell = re.compile(r'"(?:[^"\\]|\\.)*"|\|\||-(?= )')
+    parts, ahead = ([p for p in cell.findall(line)] for line in (tokens, predicts))
+    # The first token of a document is not predicted from the last one's end.
+    assert ahead[ahead.index("||") - 1] == "-" and parts.index("||") == ahead.index("||")
     assert parts[1] == ahead[0]
     together = as_text(trainer.train_dataset, trainer.processing_class, 3)
     assert together.count("row ") >= 3 and " - " not in together.split("predicts")[1][:40]
