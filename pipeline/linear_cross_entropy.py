@@ -116,6 +116,8 @@ def _loss_and_gradients(
                 weight_gradient = part.float()
             else:
                 add_(weight_gradient, part)
+            del part
+        del error  # or the next chunk's are made beside them
     gradients = [torch.cat(hidden_gradients)] if is_hidden_trained else []
     if is_weight_trained:
         if shrunk != 1.0:

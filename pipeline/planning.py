@@ -1,10 +1,10 @@
 """What a run takes, before it runs: parameters, operations, memory, and the topology that fits.
 
-Arithmetic on a GPT-2's shape alone. What of it could be measured on a CPU is: the bytes kept for
-the backward pass come out to the byte (`tests/test_planning.py`).
+Arithmetic on a GPT-2's shape alone. What of it could be measured on a CPU is: operations as PyTorch
+counts them and the bytes kept for the backward pass come out exactly (`tests/test_planning.py`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
@@ -15,6 +15,13 @@ class Shape(NamedTuple):
     heads: int
     vocabulary: int = 50257
     positions: int = 1024
+    inner: int | None = None
+    """Width of the MLP (`n_inner`); four times `width` where nothing is said, as in GPT-2."""
+
+    @property
+    def mlp_width(self) -> int:
+        """Width between the MLP's two products."""
+        return 4 * self.width if self.inner is None else self.inner
 
 
 # Radford et al. 2019, table 2; by the parameters that they really have, in millions.
@@ -24,9 +31,18 @@ SIZES = {
     "774M": Shape(36, 1280, 20),
     "1558M": Shape(48, 1600, 25),
 }
+# What the Hub calls them, and distilgpt2 (Sanh et al. 2019), half the layers of the smallest.
+_NAMED = {
+    "gpt2": SIZES["124M"],
+    "gpt2-medium": SIZES["355M"],
+    "gpt2-large": SIZES["774M"],
+    "gpt2-xl": SIZES["1558M"],
+    "distilgpt2": Shape(6, 768, 12),
+}
+_ORGANISATIONS = ("openai-community", "distilbert", "openai", "")
 
 FP32, HALF = 4, 2  # bytes; half is bf16 or fp16
-ADAMW_BYTES = 8  # a parameter: both averages in fp32
+ADAMW_BYTES = 8  # a parameter: both averages in fp32; of Muon's matrices it is one
 # A share of a device's memory that nothing of ours takes: CUDA's context, NCCL's buffers, holes
 # between allocations. An assumption; nothing here could measure it.
 KEPT_FREE = 0.1
@@ -46,14 +62,20 @@ DIVIDED = {
 ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
 
 
+def known_shape(name: str) -> Shape | None:
+    """Return the shape of OpenAI's GPT-2 or distilgpt2 by its name on the Hub, None of others."""
+    organisation, _, model = name.rpartition("/")
+    return _NAMED.get(model.lower()) if organisation.lower() in _ORGANISATIONS else None
+
+
 def parameters_by_part(shape: Shape) -> dict[str, int]:
     """Return how many parameters each part has; the head is the embedding."""
-    layers, width = shape.layers, shape.width
+    layers, width, inner = shape.layers, shape.width, shape.mlp_width
     return {
         "embedding": shape.vocabulary * width,
         "positions": shape.positions * width,
         "attention": layers * (4 * width**2 + 4 * width),  # queries, keys, values; projection
-        "mlp": layers * (8 * width**2 + 5 * width),  # to four times the width, and back
+        "mlp": layers * (2 * width * inner + inner + width),  # to the inner width, and back
         "norms": layers * 4 * width + 2 * width,
     }
 
@@ -97,6 +119,40 @@ def training_flops(shape: Shape, block_size: int) -> int:
     )
 
 
+def flops_by_part(shape: Shape, *, block_size: int, is_blockwise: bool = False) -> dict[str, float]:
+    """Return the operations of a training step per token in matrix products, exactly, by part.
+
+    What `torch.utils.flop_counter` counts, where `training_flops` counts 2 x 3 for every parameter:
+    positions, norms and biases multiply nothing, and a row's last token predicts nothing.
+
+    Args:
+        is_blockwise: attention is `blockwise_causal`, which leaves out most of what is above the
+            diagonal; else the whole block counts, as for PaLM.
+
+    Returns:
+        `layers` (their weights), `attention` (queries with keys, probabilities with values) and
+        `head`.
+    """
+    width, layers = shape.width, shape.layers
+    met = seen_keys(block_size) if is_blockwise else block_size**2
+    return {
+        "layers": 6.0 * layers * (4 * width**2 + 2 * width * shape.mlp_width),
+        "attention": 12 * layers * width * met / block_size,
+        "head": 6 * shape.vocabulary * width * (block_size - 1) / block_size,
+    }
+
+
+def seen_keys(block_size: int) -> int:
+    """Return with how many keys a row's queries meet in `blockwise_causal`, in all."""
+    return sum((end - start) * end for start, end in _query_parts(block_size))
+
+
+def _query_parts(block_size: int) -> list[tuple[int, int]]:
+    """Return the queries that `blockwise_causal` takes at a time; each sees the keys to its end."""
+    starts = range(0, block_size, QUERIES)
+    return [(start, min(start + QUERIES, block_size)) for start in starts]
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 
@@ -113,9 +169,9 @@ def activation_bytes(
 
     Each layer keeps, per token, C values of each norm's input (of the residual stream, 4 bytes
     each) and 14 C values of what products and the activation take (s bytes each): the attention's
-    input C, queries, keys and values 3 C, its output C; the MLP's input C, and 4 C on either side
-    of the activation. That is 36 C bytes in bf16 (s 2) and 64 C in fp32. Compiled (inductor,
-    CPU) it came to the same within a thousandth.
+    input C, queries, keys and values 3 C, its output C; the MLP's input C, and 4 C (its width) on
+    either side of the activation. That is 36 C bytes in bf16 (s 2) and 64 C in fp32. Compiled
+    (inductor, CPU) it came to the same within a thousandth.
 
     Args:
         rows: of a batch, each of `block_size` tokens.
@@ -125,15 +181,14 @@ def activation_bytes(
         is_blockwise: attention is `blockwise_causal`, which keeps probabilities and copies.
     """
     tokens, width = rows * block_size, shape.width
-    product = _product_bytes(precision)
+    product = product_bytes(precision)
     norm = 2 * FP32  # mean and reciprocal deviation
-    layer = tokens * (2 * (FP32 * width + norm) + 14 * product * width)
+    kept = 6 * width + 2 * shape.mlp_width
+    layer = tokens * (2 * (FP32 * width + norm) + product * kept)
     if is_blockwise:
         # Each query sees the keys up to its part's end: fp32 probabilities, and what multiplies the
         # values; a mask for all rows and heads; and the keys and values seen, copied for each part.
-        ends = [min(end, block_size) for end in range(QUERIES, block_size + QUERIES, QUERIES)]
-        starts = range(0, block_size, QUERIES)
-        seen = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
+        seen, ends = seen_keys(block_size), [end for _, end in _query_parts(block_size)]
         layer += seen * (rows * shape.heads * (FP32 + product * (product < FP32)) + 1)
         layer += 2 * product * rows * width * (sum(ends) - block_size)
     else:
@@ -144,7 +199,8 @@ def activation_bytes(
     return shape.layers * layer + last
 
 
-def _product_bytes(precision: str) -> int:
+def product_bytes(precision: str) -> int:
+    """Return the bytes of a value that is multiplied."""
     return FP32 if precision == "fp32" else HALF
 
 
@@ -152,15 +208,20 @@ def loss_bytes(shape: Shape, *, tokens: int, precision: str = "bf16", device: st
     """Return the most bytes that the head and its loss hold: a chunk of logits, and its weight's.
 
     The weight's gradient is made with the loss and kept for the backward pass; in bf16 the weight
-    and a chunk's part of the gradient are there in bf16 as well.
+    is there in bf16 as well. Of a chunk there are logits and log-softmax, or later its error and
+    its part of the weight's gradient.
     """
-    rows = CHUNK_BYTES[device] // (FP32 * shape.vocabulary)
-    rows = 1 << max(rows.bit_length() - 1, 5)
-    product = _product_bytes(precision)
-    # The logits, in fp32, and their log-softmax in fp32; the error of the chunk before.
-    logit = product + FP32 + FP32 * (product < FP32) + product * (tokens > rows)
-    weight = FP32 + (2 * product if product < FP32 else product)
-    return shape.vocabulary * (min(rows, tokens) * logit + shape.width * weight)
+    rows = 1 << max((CHUNK_BYTES[device] // (FP32 * shape.vocabulary)).bit_length() - 1, 5)
+    product = product_bytes(precision)
+    is_mixed, is_first = product < FP32, tokens <= rows
+    # The logits, in bf16 also in fp32, and their log-softmax in fp32; the gradient so far.
+    logits = min(rows, tokens) * (product + FP32 + FP32 * is_mixed)
+    before = shape.width * FP32 * (not is_first)
+    # The error of what was multiplied, the part that it makes, the gradient to which that is added.
+    error = min(rows, tokens) * product
+    added = shape.width * (product * (is_mixed or not is_first) + FP32)
+    head = shape.width * product * is_mixed
+    return shape.vocabulary * (head + max(logits + before, error + added))
 
 
 def memory_by_part(
@@ -172,12 +233,13 @@ def memory_by_part(
     topology: str = "none",
     devices: int = 1,
     device: str = "cuda",
+    optimizer: str = "adamw",
     is_accumulating: bool = True,
     is_checkpointed: bool = False,
     is_blockwise: bool = False,
 ) -> dict[str, int]:
     """Return the bytes that each device holds at most, by part: an upper bound, for not all of
-    them are there at the same time.
+    them are there at the same time (`pipeline.peak_memory` says which are).
 
     Args:
         topology: none, ddp, fsdp2, zero2 or zero3, over `devices`. DeepSpeed's two are by its
@@ -187,8 +249,13 @@ def memory_by_part(
             holds them beside its buckets.
     """
     count, sizes = parameters(shape), parameters_by_part(shape)
-    divided = {part: devices if part in DIVIDED[topology] else 1 for part in _WHOLE}
-    held = {part: -(-count * bytes // divided[part]) for part, bytes in _WHOLE.items()}
+    whole = {
+        "weights": FP32 * count,
+        "gradients": FP32 * count,
+        "optimizer": optimizer_bytes(shape, optimizer),
+    }
+    divided = {part: devices if part in DIVIDED[topology] else 1 for part in whole}
+    held = {part: -(-size // divided[part]) for part, size in whole.items()}
     block = (count - sizes["embedding"] - sizes["positions"]) // shape.layers
     rest = sizes["embedding"] + sizes["positions"]
     buffers = copies = 0
@@ -217,15 +284,31 @@ def memory_by_part(
     }  # fmt: skip
 
 
-_WHOLE = {"weights": FP32, "gradients": FP32, "optimizer": ADAMW_BYTES}
+def optimizer_bytes(shape: Shape, optimizer: str = "adamw") -> int:
+    """Return what the optimizer keeps: adamw, or muon, which keeps one average of a matrix."""
+    saved = 0
+    if optimizer == "muon":
+        width = shape.width
+        matrices = shape.layers * (4 * width**2 + 2 * width * shape.mlp_width)
+        saved = (ADAMW_BYTES - FP32) * matrices
+    return ADAMW_BYTES * parameters(shape) - saved
 
 
 def largest_rows(
-    shape: Shape, *, memory_bytes: float, block_size: int, topology: str, devices: int
+    shape: Shape,
+    *,
+    memory_bytes: float,
+    block_size: int,
+    topology: str,
+    devices: int,
+    **asked: Any,
 ) -> int:
-    """Return the largest power of two of rows that a bf16 batch can have on each device, or 0."""
+    """Return the largest power of two of rows that a batch can have on each device, or 0.
+
+    By the upper bound, in bf16 on a GPU unless `asked` says another thing to `memory_by_part`.
+    """
     usable, rows = memory_bytes * (1 - KEPT_FREE), 1
-    held = {"block_size": block_size, "topology": topology, "devices": devices}
+    held = asked | {"block_size": block_size, "topology": topology, "devices": devices}
     while sum(memory_by_part(shape, rows=rows, **held).values()) <= usable:
         rows *= 2
     return rows // 2

@@ -30,6 +30,7 @@ WITHOUT_TORCH = (
     "run_files",
     "space",
     "planning",
+    "peak_memory",
     "devices",
     "hardware",
     "scaling_laws",
