@@ -10,6 +10,7 @@ import torch
 from pipeline import artifact, machine
 from pipeline.findings import Finding
 from pipeline.model import parameter_count
+from pipeline.peak_memory import peak
 from pipeline.planning import FP32, KEPT_FREE, Shape, memory_by_part
 from pipeline.recipe import InputError
 from pipeline.run_files import CONFIG
@@ -25,6 +26,8 @@ from pipeline.wording import duration, short
 BELOW, ABOVE = 0.15, 0.5
 # Tokens on which a loss is looked at: its mean then varies by a hundredth.
 TOKENS = 2048
+# How far what a process was measured to hold may be from what `peak_memory` says of it.
+PEAK_ERROR = 0.1
 # Evaluations that cost more than the training are a mistake, as far as a person waits for it.
 EVALUATION_SHARE, EVALUATION_SECONDS = 0.5, 60.0
 
@@ -106,29 +109,26 @@ def judged_loss(loss: float, *, vocabulary: int, pretrained: str | None = None) 
 
 
 def memory(trainer: PretrainingTrainer) -> Finding:
-    """Return what the run needs of its device's memory, against what is free."""
+    """Return what the run needs of its device's memory, against what there is for it."""
     device, batch = trainer.args.device, trainer.args.per_device_train_batch_size
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type != "cuda" else 1
-    held = parameter_count(trainer.model) * FP32  # its weights are there already
-    free = machine.free_memory(device) // sharing + held
-    parts = needed(trainer, batch)
-    most, least = sum(parts.values()), surely(parts)
-    said = f"about {_gigabytes(most)} at most; {_gigabytes(free)} free"
-    said += " for each process" if sharing > 1 else f" on {machine.device_name(device)}"
-    usable = free * (1 - KEPT_FREE)
-    sizes = [b for b in range(1, batch) if batch % b == 0]
-    fit = next((b for b in reversed(sizes) if sum(needed(trainer, b).values()) <= usable), None)
-    if least <= free:
-        return Finding("memory", said if most <= usable else f"{said}, which may not be enough")
-    said = f"at least {_gigabytes(least)} are needed, and {_gigabytes(free)} are free"
-    less = "a smaller model.config or data.block_size"
+    room = machine.free_memory(device) // sharing + machine.held_memory(device)
+    each = " for each process" if sharing > 1 else f" on {machine.device_name(device)}"
+    there, (least, most) = f"{_gigabytes(room)} are there{each}", needed(trainer, batch)
+    if least <= room:
+        close = "" if most <= room * (1 - KEPT_FREE) else ", which may not be enough"
+        return Finding("memory", f"about {_gigabytes(most)} at the most; {there}{close}")
+    said = f"at least {_gigabytes(least)} are needed, and {there}"
+    usable = room * (1 - KEPT_FREE)
+    sizes = [rows for rows in range(batch - 1, 0, -1) if batch % rows == 0]
+    fit = next((rows for rows in sizes if needed(trainer, rows)[1] <= usable), None)
     if fit is not None:
         remedy = (
             f"{fit} rows at once fit (--training.per_device_train_batch_size {fit}, the update "
             "stays the same)"
         )
     else:
-        remedy = f"not even one row at once fits: take {less}"
+        remedy = "not even one row at once fits: take a smaller model.config or data.block_size"
         if trainer.args.world_size > 1 and wanted_sharding() is None:
             remedy += ", or accelerate_configs/fsdp2.yaml"
     if not _is_checkpointed(trainer):
@@ -136,36 +136,42 @@ def memory(trainer: PretrainingTrainer) -> Finding:
     return Finding("memory", said, remedy)
 
 
-def needed(trainer: PretrainingTrainer, rows: int) -> dict[str, int]:
-    """Return the bytes that each device holds at most with so many rows at once, by part."""
+def needed(trainer: PretrainingTrainer, rows: int) -> tuple[int, int]:
+    """Return the bytes that this process needs for certain with so many rows at once, and at most.
+
+    Where the weights are divided the latter is an upper bound, whose parts are not all there at
+    once; of it state and activations are needed for certain.
+    """
     config, arguments, recipe = trainer.model.config, trainer.args, trainer.recipe
     shape = Shape(
-        layers=config.n_layer, width=config.n_embd, heads=config.n_head,
+        layers=config.n_layer, width=config.n_embd, heads=config.n_head, inner=config.n_inner,
         vocabulary=config.vocab_size, positions=config.n_positions,
     )  # fmt: skip
-    topology, several = wanted_sharding(), arguments.world_size > 1
-    parts = memory_by_part(
-        shape, rows=rows, block_size=recipe.data.block_size, precision=recipe.precision,
-        topology="zero3" if topology == "deepspeed" else topology or ("ddp" if several else "none"),
-        devices=arguments.world_size, device="cuda" if arguments.device.type == "cuda" else "cpu",
-        is_accumulating=trainer.recipe.tokens_per_update
-        > rows * recipe.data.block_size * arguments.world_size,
-        is_checkpointed=_is_checkpointed(trainer),
-        is_blockwise=recipe.model.attn_implementation == "blockwise_causal",
-    )  # fmt: skip
+    size, count = recipe.data.block_size, arguments.world_size
+    common = {
+        "rows": rows, "block_size": size, "precision": recipe.precision,
+        "optimizer": recipe.optimizer.name, "is_checkpointed": _is_checkpointed(trainer),
+        "is_accumulating": recipe.tokens_per_update > rows * size * count,
+        "is_blockwise": recipe.model.attn_implementation == "blockwise_causal",
+    }  # fmt: skip
+    if topology := wanted_sharding():
+        topology = "zero3" if topology == "deepspeed" else topology
+        device = "cuda" if arguments.device.type == "cuda" else "cpu"
+        parts = memory_by_part(shape, topology=topology, devices=count, device=device, **common)
+        state = parts["weights"] + parts["optimizer"]
+        return state + max(parts["gradients"], parts["activations"]), sum(parts.values())
+    parts = peak(
+        shape, kind=arguments.device.type, is_compiled=bool(arguments.torch_compile),
+        is_saving=arguments.save_strategy != "no", **common,
+    ).parts  # fmt: skip
+    if count > 1:  # DDP's buckets, besides gradients that are added up
+        parts["buffers"] = FP32 * parameter_count(trainer.model) * common["is_accumulating"]
     # Of what is not trained there is neither gradient nor optimizer state.
     share = parameter_count(trainer.model, trained=True) / parameter_count(trainer.model)
-    for part in ("gradients", "optimizer", "buffers"):
+    for part in {"gradients", "optimizer", "buffers", "checkpoint"} & set(parts):
         parts[part] = round(parts[part] * share)
-    return parts
-
-
-def surely(parts: dict[str, int]) -> int:
-    """Return what is there at the same time for certain: state, and gradients or activations."""
-    return (
-        parts["weights"] + parts["optimizer"] // 2  # Muon keeps one average instead of two
-        + max(parts["gradients"], parts["activations"])
-    )  # fmt: skip
+    most = sum(parts.values())
+    return round(most * (1 - PEAK_ERROR)), most
 
 
 def disk(trainer: PretrainingTrainer, found: Path | None) -> Finding:

@@ -155,6 +155,13 @@ def free_memory(device: torch.device) -> int:
     return max(0, free)
 
 
+def held_memory(device: torch.device) -> int:
+    """Return the bytes that this process holds: allocated on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
 # Where Linux says what a container may take and what it holds, and of that, what is only a file's
 # pages and given back when they are needed: versions 2 and 1 (kernel documentation, cgroup-v2).
 _CONTROL_GROUPS = (

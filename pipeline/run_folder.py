@@ -193,11 +193,15 @@ def _looked_at(recipe: Recipe, options: PretrainOptions, processes: Processes) -
             stack.enter_context(locks.held(recipe.output_dir))
             return _claim(recipe, options)
 
-        state = processes.told(claim)
-        yield Run(
-            state == "finished", lambda _: None,
-            lambda: chosen(recipe.output_dir, options.resume), lambda _: None,
-        )  # fmt: skip
+        state, had_ring = processes.told(claim), recipe.ring_dir.exists()
+        try:
+            yield Run(
+                state == "finished", lambda _: None,
+                lambda: chosen(recipe.output_dir, options.resume), lambda _: None,
+            )  # fmt: skip
+        finally:
+            if processes.is_main and not had_ring:  # a stream's place
+                shutil.rmtree(recipe.ring_dir, ignore_errors=True)
 
 
 def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str | None:

@@ -24,6 +24,8 @@ from pipeline.recipe import InputError
 from pipeline.row_text import as_text
 from pipeline.trial import OneBatch
 
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+
 LINES = [
     "recipe", "resume", "rows", "labels", "initial_loss", "gradient", "schedule", "memory", "disk",
     "tokens", "overfitting", "speed", "evaluation",
@@ -41,6 +43,12 @@ def said(caplog):
     """What was shown, on one line."""
     caplog.set_level(logging.INFO, "pipeline")
     return lambda: " ".join(" ".join(caplog.messages).split())
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Three updates are timed, however soon they are over."""
+    monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.0)
 
 
 def look(recipe: Path, folder: Path, *more: str) -> None:
@@ -90,7 +98,7 @@ def test_a_finished_run_is_told(smoke_recipe, run_copy, said):
         (["--resume", "hub:a/b@c"], "--dry_run fetches no checkpoint: leave out it or --resume hu"),
         (["--tokens_per_update", "1024"], "holds another run: tokens_per_update: 512 -> 1024"),
         (["--resume", "checkpoint-7"], "--resume checkpoint-7: no such folder; name a whole"),
-        (["--dry_run", "x"], "--dry_run is given twice"),
+        (["--dry-run"], "--dry-run: unknown option; did you mean --dry_run?"),
     ],
 )
 def test_what_a_dry_run_refuses(smoke_recipe, finished_run, more, words):
@@ -114,9 +122,13 @@ MORE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_run_after_a_trial_is_the_run_without_one(smoke_recipe, tmp_path, optimizer):
-    more = MORE | {"optimizer__name": optimizer, "training__per_device_train_batch_size": 4}
+    more = MORE | {
+        "training__learning_rate": 0.01,
+        "optimizer__name": optimizer,
+        "training__per_device_train_batch_size": 4,
+    }
     plain = trained(make_trainer(smoke_recipe, tmp_path / "plain", **more))
     tried = make_trainer(smoke_recipe, tmp_path / "tried", **more)
     assert tried.args.gradient_accumulation_steps == 4
@@ -243,12 +255,13 @@ def test_a_gradient_that_is_not_finite(trainer):
 @pytest.mark.parametrize(
     ("rate", "way"), [(1e-6, "raise it tenfold"), (1e-4, "raise it tenfold"), (30, "lower it to a")]
 )  # fmt: skip
-def test_a_rate_at_which_nothing_is_learnt(smoke_recipe, tmp_path, rate, way):
+def test_a_rate_at_which_nothing_is_learnt(smoke_recipe, tmp_path, monkeypatch, rate, way):
+    monkeypatch.setattr(dry_run, "UPDATES", 60)
     trainer = make_trainer(smoke_recipe, tmp_path, training__learning_rate=rate)
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     finding, _ = dry_run.overfitting(trainer)
     assert (
-        finding.text.startswith("one batch of 256 tokens: loss 6.") and "in 199 up" in finding.text
+        finding.text.startswith("one batch of 256 tokens: loss 6.") and "in 59 up" in finding.text
     )
     assert f"at a rate of {rate:g}, not to half of it" in finding.text
     assert finding.remedy.startswith(f"see to training.learning_rate: {way}")
@@ -299,7 +312,7 @@ def test_the_hub_is_asked_and_nothing_is_made_there(smoke_recipe, tmp_path, said
         running.seen_by(monkeypatch)
         look(smoke_recipe, tmp_path / "run", *push, *quick)
         assert f"✓ hub reached as {USER}: " in said() and f"{USER}/run will be made" in said()
-        assert not running.repositories if hasattr(running, "repositories") else True
+        assert not running.repositories and {one["method"] for one in running.log} == {"GET"}
         running.seen_by(monkeypatch, token=READ)
         with pytest.raises(InputError, match=f"^preflight: hub: {USER}/run: the token may only r"):
             look(smoke_recipe, tmp_path / "run", *push, *quick)
@@ -325,7 +338,15 @@ def messages(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["stream", "examples", "apart", "lora"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "examples",
+        "apart",
+        pytest.param("stream", marks=pytest.mark.slow),
+        pytest.param("lora", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_run_can_be_looked_at(
     smoke_recipe,
     finished_run,
@@ -346,6 +367,7 @@ def test_every_kind_of_run_can_be_looked_at(
         values |= {"data__attend_across": False, "training__per_device_train_batch_size": 4}
     if kind == "lora":
         base = shutil.copytree(finished_run, tmp_path / "base")
+        monkeypatch.setattr(dry_run, "UPDATES", 20)
         values |= {"model__config": None, "model__pretrained": str(base), "model__lora_r": 4,
                    "tokenizer__vocab_size": None, "preflight__accept": "overfitting"}  # fmt: skip
     trainer = make(smoke_recipe, tmp_path / "run", **values)

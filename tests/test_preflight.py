@@ -21,6 +21,8 @@ from pipeline.run_folder import read_status
 from pipeline.run_record import read_run
 from pipeline.sections import CHECKS
 
+pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
+
 GB = 10**9
 
 
@@ -206,13 +208,17 @@ def test_what_is_accepted_is_named_as_it_is_called(smoke_recipe):
 
 
 def test_a_batch_that_does_not_fit(trainer, monkeypatch):
+    monkeypatch.setattr("pipeline.machine.held_memory", lambda device: 400_000_000)
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: GB)
-    assert not cheap_checks.memory(trainer).remedy
-    parts = cheap_checks.needed(trainer, 8)
-    assert cheap_checks.surely(parts) < sum(parts.values())
+    least, most = cheap_checks.needed(trainer, 8)
+    assert least < most < 1.4 * GB / 0.9
+    assert cheap_checks.memory(trainer).text == (
+        f"about {most / GB:.2f} GB at the most; 1.40 GB are there on cpu"
+    )
+    monkeypatch.setattr("pipeline.machine.free_memory", lambda device: most - 400_000_000)
+    assert cheap_checks.memory(trainer).text.endswith("on cpu, which may not be enough")
     monkeypatch.setattr(trainer.args, "per_device_train_batch_size", 8192)
-    held = cheap_checks.parameter_count(trainer.model) * 4
-    room = int(sum(cheap_checks.needed(trainer, 1024).values()) / 0.9) + 1_000 - held
+    room = int(cheap_checks.needed(trainer, 1024)[1] / 0.9) + 1_000 - 400_000_000
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: room)
     assert cheap_checks.memory(trainer).remedy == (
         "1024 rows at once fit (--training.per_device_train_batch_size 1024, the update stays the "
@@ -221,7 +227,7 @@ def test_a_batch_that_does_not_fit(trainer, monkeypatch):
     monkeypatch.setattr(trainer.args, "per_device_train_batch_size", 8)
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: 10_000)
     finding = cheap_checks.memory(trainer)
-    assert finding.text.startswith("at least ") and " MB are needed, and " in finding.text
+    assert finding.text == f"at least {least / GB:.2f} GB are needed, and 0.40 GB are there on cpu"
     assert finding.remedy == (
         "not even one row at once fits: take a smaller model.config or data.block_size; "
         "--training.gradient_checkpointing true keeps less for the backward pass"
@@ -233,6 +239,7 @@ def test_free_memory_is_below_what_the_machine_has():
 
     free = machine.free_memory(torch.device("cpu"))
     assert 0 < free < machine.hardware()["memory_bytes"]
+    assert 100e6 < machine.held_memory(torch.device("cpu")) < machine.hardware()["memory_bytes"]
 
 
 def test_a_full_disk_is_seen_before_it_is_full(trainer, smoke_recipe, tmp_path, monkeypatch):
