@@ -18,6 +18,7 @@ from pipeline.recipe import InputError
 from pipeline.scoring import score_rows
 from pipeline.sections import EvaluationSection, GenerationSection
 from pipeline.tasks import as_logs, sentence
+from pipeline.wording import finishing
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,15 @@ class TrainingProgressCallback(ProgressCallback):
             )
             self.current_step = state.global_step
             self._started: tuple[float, int] | None = None
+            self._has_said_end = False
+
+    def _seconds_left(self, state) -> float | None:
+        """Return the time to the last update at the speed since the first, which compiles."""
+        started, first = self._started
+        if state.global_step <= first:
+            return None
+        passed = (time.perf_counter() - started) / (state.global_step - first)
+        return passed * (state.max_steps - state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Move the bar; the time left counts from the second update on, the first compiles."""
@@ -176,13 +186,14 @@ class TrainingProgressCallback(ProgressCallback):
                 f"waits {logs['data_wait_fraction']:.0%} data {logs['logging_fraction']:.0%} logs"
             )
             self.training_bar.set_postfix_str(text)
+            seconds_left = self._seconds_left(state)
             if self.training_bar.disable:
-                started, first = self._started
-                if state.global_step > first:
-                    passed = (time.perf_counter() - started) / (state.global_step - first)
-                    left = tqdm.format_interval(passed * (state.max_steps - state.global_step))
-                    text += f", {left} left"
+                if seconds_left is not None:
+                    text += f", {tqdm.format_interval(seconds_left)} left"
                 tqdm.write(f"{head}: {text}")
+            if seconds_left and not self._has_said_end:
+                self._has_said_end = True
+                tqdm.write(f"{head}: at this speed the run ends at {finishing(seconds_left)}")
         for name in (n.removesuffix("_loss") for n in logs if n.endswith("_loss")):
             if f"{name}_bits_per_byte" in logs:  # not a task's, whose metrics have any names
                 label = "held-out text" if name == "eval" else name.removeprefix("eval_")

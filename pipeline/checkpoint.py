@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from pipeline import artifact
 from pipeline.recipe import InputError, first_line
+from pipeline.run_files import ASIDE
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +227,8 @@ def set_aside_after(run_folder: Path, step: int, *, but: Path) -> None:
 
 def check_room(
     run_folder: Path, *, size: int, planned: int, keep: int | None, has_best: bool
-) -> None:
-    """See that the disk has room for the checkpoints to come.
+) -> str:
+    """See that the disk has room for the checkpoints to come, and say how much that is.
 
     Args:
         size: bytes of one.
@@ -243,13 +244,19 @@ def check_room(
         found = checkpoints(run_folder)
         there = sum(artifact.damage(folder, contents=False) is None for folder in found)
         count = max(0, min(planned, keep + 1 + has_best - there))
-    free = shutil.disk_usage(run_folder).free
+    # A run that this one replaces is removed before it begins.
+    leaving = [path for path in (run_folder / ASIDE).rglob("*") if path.is_file()]
+    free = shutil.disk_usage(run_folder).free + sum(path.stat().st_size for path in leaving)
     if free < count * size:
         raise InputError(
             f"{run_folder}: the checkpoints that the recipe wants need {_amount(count * size)} "
             f"there ({count} more of {_amount(size)}), and {_amount(free)} are free; make room, "
             "lower training.save_total_limit, or choose another --training.output_dir"
         )
+    return (
+        f"{count} more checkpoint(s) of {_amount(size)} need {_amount(count * size)}, and "
+        f"{_amount(free)} are free"
+    )
 
 
 def _failure(folder: Path, size: int, error: Exception) -> str:

@@ -148,6 +148,9 @@ def _value(key: str, words: list[str], options: type[Section]) -> Any:
         field = options.model_fields.get(key)
         if field is not None and field.annotation in (bool, bool | None):
             return True
+        names = [_option_name(options, name) for name in options.model_fields]
+        if key.split(".")[0] not in {*names, *Recipe.model_fields}:
+            raise InputError(_unknown_option(key, names))
         raise InputError(f"--{key}: a value is missing")
     if len(words) > 1:
         return words

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,24 @@ class EvaluatingTrainer(ResumableTrainer):
     """The same with our sums; a run that evaluates more often is the same run."""
 
     _has_warned = False  # of evaluations that take longer than a stop may
+    _texts: dict[str, Rows]  # measured besides
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """Tokens that the model reads in one evaluation."""
+        held_out = [self.eval_dataset, *self._texts.values()]
+        return sum(len(rows) * self.recipe.data.block_size for rows in held_out)
+
+    def evaluations_left(self, step: int) -> int:
+        """Return how often held-out text is measured while training, after update `step`."""
+        arguments, updates = self.args, self._horizon
+        every = {"epoch": self._updates_per_epoch, "no": math.inf}.get(
+            arguments.eval_strategy, arguments.eval_steps
+        )
+        if every < 1:
+            every = math.ceil(every * updates)
+        at_start = int(bool(arguments.eval_on_start) and step == 0)
+        return at_start + int(updates // every) - int(step // every)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
         """Batches that score each token once: a DataLoader repeats rows to even out processes."""

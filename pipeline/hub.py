@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -110,6 +110,30 @@ def user_name(name: str, seconds: float = 30.0) -> str:
         return api(name).whoami()["name"]
 
     return within(seconds, lambda: repeated(ask, name, attempts=3), name)
+
+
+def looked_at(repo_id: str, *, seconds: float = 30.0) -> str:
+    """Ask whose token it is and whether the repository is there, change nothing, and say it.
+
+    Raises:
+        Permanent, Temporary: as `access`.
+    """
+    check_name(repo_id)
+
+    def ask() -> str:
+        client = api(repo_id)
+        user = client.whoami()
+        if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+            raise Permanent(f"{repo_id}: the token may only read; {new_token()}")
+        try:
+            info = client.repo_info(repo_id)
+        except RepositoryNotFoundError:
+            there = "will be made"
+        else:
+            there = f"is there, {'private' if info.private else 'public'}"
+        return f"reached as {user.get('name', '')}: {page(repo_id, 'model')} {there}"
+
+    return within(seconds, lambda: repeated(ask, repo_id, attempts=3), repo_id)
 
 
 def access(

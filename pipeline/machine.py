@@ -134,3 +134,40 @@ def _threads() -> int:
     if said not in ("", "0") and not by_launcher:
         return torch.get_num_threads()
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a run can still take on its device, those that it holds left out.
+
+    Of a CPU it is the host's memory, or what its control group is allowed, if that is less; swap
+    does not count.
+    """
+    if device.type == "cuda":
+        # What this process's allocator has reserved and does not use is the run's as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    for folder, limit, usage, cached in _CONTROL_GROUPS:
+        with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or "max"
+            stat = (folder / "memory.stat").read_text().split()
+            held = int((folder / usage).read_text()) - int(stat[stat.index(cached) + 1])
+            free = min(free, int((folder / limit).read_text()) - held)
+    return max(0, free)
+
+
+def held_memory(device: torch.device) -> int:
+    """Return the bytes that this process holds: allocated on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+# Where Linux says what a container may take and what it holds, and of that, what is only a file's
+# pages and given back when they are needed: versions 2 and 1 (kernel documentation, cgroup-v2).
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)  # fmt: skip

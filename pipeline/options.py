@@ -32,6 +32,21 @@ class PretrainOptions(RecipeOptions):
     """Remove the run that the output folder holds, and start anew."""
     allow_change: list[str] = Field(default_factory=list)
     """Fields that may differ from those of the checkpoint though they are refused otherwise."""
+    dry_run: bool = False
+    """Prepare the text, check everything that can be known before the first update, and stop."""
+
+    @model_validator(mode="after")
+    def _a_dry_run_changes_nothing(self) -> "PretrainOptions":
+        if self.dry_run and self.overwrite:
+            raise ValueError(
+                "--dry_run removes nothing, and --overwrite a run: leave out one of them, or give "
+                "the dry run another --training.output_dir"
+            )
+        if self.dry_run and self.resume.startswith("hub:"):
+            raise ValueError(
+                f"--dry_run fetches no checkpoint: leave out it or --resume {self.resume}"
+            )
+        return self
 
 
 class PrepareOptions(RecipeOptions):

@@ -17,35 +17,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PretrainOptions, doc=__doc__)
 
     # Not before: torch takes seconds, and --help or a misspelt key should not.
-    from pipeline import preflight, report, run_folder
+    from pipeline import dry_run, preflight, report, run_folder
     from pipeline.arguments import training_arguments
-    from pipeline.model import build_model, check_model
+    from pipeline.model import check_model
     from pipeline.pretrained import settled
     from pipeline.processes import Processes
     from pipeline.pushing import Pusher
     from pipeline.run_data import obtain_run_data
-    from pipeline.trainer import PretrainingTrainer
+    from pipeline.trainer import make_trainer
 
     recipe, arguments = training_arguments(settled(recipe))
     check_model(recipe.model, block_size=recipe.data.block_size)
     processes = Processes(arguments)
     pusher = Pusher(recipe, processes)
     with pusher, run_folder.opened(recipe, options, processes, pusher.finish) as run:
-        if not run.finished:
-            recipe = preflight.passed(recipe, processes, pusher)
+        if options.dry_run or not run.finished:
+            recipe = preflight.passed(recipe, processes, pusher, is_dry=options.dry_run)
             data = obtain_run_data(recipe, arguments, processes)
-            model = build_model(
-                recipe.model, data.tokenizer, block_size=recipe.data.block_size,
-                seed=arguments.seed, attend_across=recipe.data.attend_across,
-                added_tokens=len(recipe.tokenizer.added_tokens),
-            )  # fmt: skip
-            trainer = PretrainingTrainer(
-                recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,
-                processes=processes, pusher=pusher,
-            )  # fmt: skip
+            trainer = make_trainer(recipe, arguments, data, processes=processes, pusher=pusher)
             with data.flowing():
+                if options.dry_run:
+                    return dry_run.look(trainer, run, pusher, options)
                 trainer.train_from(
                     options.resume, allow_change=options.allow_change, find=run.find,
+                    look=lambda found: preflight.look(trainer, found),
                     begin=lambda: run.begin(recipe), last_words=run.last_words,
                 )  # fmt: skip
             trainer.save_result()

@@ -76,6 +76,19 @@ class Pusher:
         repo_id = self._processes.told(self._asked, patiently=True)
         return recipe.with_values(training={**recipe.training, "hub_model_id": repo_id})
 
+    def look(self) -> str:
+        """Return what the Hub answers, in the main process and without sending; "" if not pushing.
+
+        Raises:
+            InputError: as `checked`; a repository is not made, and what it holds not looked at.
+        """
+        if not self._is_on:
+            return ""
+        found, name = PushList(self._folder), self._training.get("hub_model_id")
+        name = name or found.repo_id or self._folder.resolve().name
+        with hub.at_the_start():
+            return hub.looked_at(name if "/" in name else f"{hub.user_name(name)}/{name}")
+
     def offer(self, checkpoint: Path) -> None:
         """Have a whole checkpoint sent, at some time; its files are held until then."""
         if self._thread is None or self._strategy == "end":

@@ -23,6 +23,7 @@ from pipeline.sections import (
     HubSection,
     ModelSection,
     OptimizerSection,
+    PreflightSection,
     ScheduleSection,
     Section,
     TokenizerSection,
@@ -78,6 +79,7 @@ class Recipe(Section):
     generation: GenerationSection = Field(default_factory=GenerationSection)
     faults: FaultSection = Field(default_factory=FaultSection)
     guards: GuardSection = Field(default_factory=GuardSection)
+    preflight: PreflightSection = Field(default_factory=PreflightSection)
     hub: HubSection = Field(default_factory=HubSection)
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of transformers.TrainingArguments, under its own name."""

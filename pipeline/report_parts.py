@@ -104,7 +104,8 @@ def headlines(record: RunRecord) -> list[tuple[str, str, str]]:
 def run_parts(record: RunRecord) -> list[Part]:
     """Return what there is to say of a run."""
     parts = [
-        _results(record), _tasks(record), _curves(record), _noticed(record), _samples(record),
+        _accepted(record), _results(record), _tasks(record), _curves(record), _noticed(record),
+        _samples(record),
         _data(record), _cost(record), _made_with(record),
         Part("Recipe", code=yaml.safe_dump(record.recipe, sort_keys=False, allow_unicode=True)),
     ]  # fmt: skip
@@ -122,6 +123,13 @@ def state_sentence(record: RunRecord) -> str | None:
         f"This run is not finished: {record.state}{why}. What follows is known from its newest "
         f"checkpoint, after update {record.metrics['updates']:,}{goal}."
     )
+
+
+def _accepted(record: RunRecord) -> Part | None:
+    found = record.metrics.get("preflight_accepted") or {}
+    sentences = [f"{name}: {said}." for name, said in found.items()]
+    first = "Before the first update this failed, and the recipe accepts it (preflight.accept):"
+    return Part("Accepted", [first, *sentences], is_warning=True) if found else None
 
 
 def _results(record: RunRecord) -> Part | None:

@@ -56,6 +56,7 @@ class ResumableTrainer(SavingTrainer):
         *,
         allow_change: Collection[str] = (),
         find: Callable[[], Path | None] | None = None,
+        look: Callable[[Path | None], None] = lambda found: None,
         begin: Callable[[], None] = lambda: None,
         last_words: Callable[[str], None] = lambda why: None,
     ) -> None:
@@ -65,6 +66,7 @@ class ResumableTrainer(SavingTrainer):
             resume: auto, must, never or a path.
             allow_change: fields that may differ from the checkpoint's, refused otherwise.
             find: returns that checkpoint, verified, in the main process (default: look for it).
+            look: called with that checkpoint; what it raises ends the run before it begins.
             begin: called when that checkpoint may be gone on from.
             last_words: called with what happened before a process that hangs is ended.
 
@@ -78,11 +80,12 @@ class ResumableTrainer(SavingTrainer):
         folder = Path(self.args.output_dir)
         find = find or functools.partial(checkpoint.chosen, folder, resume)
         found = self._processes.told(lambda: self._chosen(find, resume, allow_change))
+        look(found)
         begin()
         self._take_up(found)
         if self._has_ended(found):
             return
-        self._processes.told(lambda: self._check_room(found))
+        self._processes.told(lambda: self._make_ready(found))
         self._stop_if_asked()
         with interruption.deferred(), self._watchdog:
             self._train_with_rollbacks(found)
@@ -121,14 +124,23 @@ class ResumableTrainer(SavingTrainer):
     def _chosen(
         self, find: Callable[[], Path | None], resume: str, allow_change: Collection[str]
     ) -> Path | None:
-        """Return the checkpoint to go on from, if the run may."""
-        folder, found = Path(self.args.output_dir), find()
-        if found is None:
-            if resume in ("auto", "must") and checkpoint.checkpoints(folder):
-                logger.warning("no checkpoint in %s is whole: starting afresh", folder)
-            return None
-        step = resumption.check(found, self._origin(), horizon=self._horizon, allow=allow_change)
-        checkpoint.set_aside_after(folder, step, but=found)
+        """Return the checkpoint to go on from, if the run may; set aside what comes after it."""
+        found = self.may_go_on_from(find(), allow_change)
+        if found is not None:
+            step = artifact.read_manifest(found)["facts"].get("step", 0)
+            checkpoint.set_aside_after(Path(self.args.output_dir), step, but=found)
+        elif resume in ("auto", "must") and checkpoint.checkpoints(Path(self.args.output_dir)):
+            logger.warning("no checkpoint in %s is whole: starting afresh", self.args.output_dir)
+        return found
+
+    def may_go_on_from(self, found: Path | None, allow_change: Collection[str]) -> Path | None:
+        """Return a checkpoint (or None) that this run may go on from.
+
+        Raises:
+            InputError: it is another run's.
+        """
+        if found is not None:
+            resumption.check(found, self._origin(), horizon=self._horizon, allow=allow_change)
         return found
 
     def _take_up(self, found: Path | None) -> None:

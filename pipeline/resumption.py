@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 # Where a run lies, how it is shown, when it is saved: nothing of it reaches a weight. Keys of
 # `training:` as TrainingArguments names them; a longer name below one of these counts too.
 HARMLESS = (
-    "data.path", "generation", "evaluation.texts", "faults", "hub", "training.output_dir",
+    "data.path", "generation", "evaluation.texts", "faults", "preflight", "hub",
+    "training.output_dir",
     "training.report_to", "training.run_name", "training.project", "training.trackio",
     "training.disable_tqdm", "training.log_level", "training.log_on_each_node",
     "training.logging", "training.save_steps", "training.save_total_limit",

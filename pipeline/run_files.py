@@ -12,6 +12,18 @@ PAGE = "report.html"
 PICTURE = "curves.png"
 SAMPLES = "samples.txt"
 CARD = "README.md"
+PREFLIGHT = "preflight.json"
+# Where a run lies that another one is about to replace.
+ASIDE = "_overwritten"
+
+
+def read_seen(folder: Path) -> dict[str, Any]:
+    """Return what was seen before the first update, by the name of the check; {} where none was."""
+    try:
+        found = json.loads((folder / PREFLIGHT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

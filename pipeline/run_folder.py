@@ -30,12 +30,14 @@ from pipeline.resumption import (
     sentence,
 )
 from pipeline.run_files import (
+    ASIDE,
     CARD,
     CONFIG,
     HISTORY,
     METRICS,
     PAGE,
     PICTURE,
+    PREFLIGHT,
     SAMPLES,
     STATUS,
     read_status,
@@ -50,8 +52,9 @@ SECONDS_FOR_A_WORD = 2.0
 
 # What a finished run writes beside its checkpoints; a stranger's file of that name stays his.
 RESULTS = (
-    STATUS, CONFIG, METRICS, HISTORY, PAGE, PICTURE, "config.json", "generation_config.json",
-    "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    STATUS, CONFIG, METRICS, HISTORY, PREFLIGHT, PAGE, PICTURE, "config.json",
+    "generation_config.json", "model.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", CARD, SAMPLES, IDENTITY, LIST,
     "loss.png",  # the picture of earlier versions
 )  # fmt: skip
@@ -88,8 +91,12 @@ def opened(
             files; or `--resume` names nothing to resume.
         Preempted: the run was asked to stop.
     """
+    if options.dry_run:
+        with _looked_at(recipe, options, processes) as run:
+            yield run
+        return
     folder, is_main = recipe.output_dir, processes.is_main
-    aside = folder / "_overwritten"
+    aside = folder / ASIDE
     with contextlib.ExitStack() as stack:
 
         def claim() -> str:
@@ -175,6 +182,26 @@ def opened(
                 write("finished")
             shutil.rmtree(folder / FETCHED, ignore_errors=True)
         afterwards()
+
+
+@contextlib.contextmanager
+def _looked_at(recipe: Recipe, options: PretrainOptions, processes: Processes) -> Iterator[Run]:
+    """Yield a run folder that is held, so that text can be prepared in it, and is no run's yet."""
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            stack.enter_context(locks.held(recipe.output_dir))
+            return _claim(recipe, options)
+
+        state, had_ring = processes.told(claim), recipe.ring_dir.exists()
+        try:
+            yield Run(
+                state == "finished", lambda _: None,
+                lambda: chosen(recipe.output_dir, options.resume), lambda _: None,
+            )  # fmt: skip
+        finally:
+            if processes.is_main and not had_ring:  # a stream's place
+                shutil.rmtree(recipe.ring_dir, ignore_errors=True)
 
 
 def _stopped_by(error: BaseException, processes: Processes, folder: Path) -> str | None:

@@ -15,7 +15,15 @@ from pipeline.footprint import Footprint, footprint
 from pipeline.gap import Verdict, verdict
 from pipeline.planning import flops_per_token
 from pipeline.recipe import InputError
-from pipeline.run_files import CONFIG, HISTORY, METRICS, SAMPLES, STATUS, read_status
+from pipeline.run_files import (
+    CONFIG,
+    HISTORY,
+    METRICS,
+    SAMPLES,
+    STATUS,
+    read_seen,
+    read_status,
+)
 from pipeline.wording import finite
 
 # Keys of a recipe that hold files of the machine: only their names are for others to see.
@@ -116,7 +124,7 @@ def read_run(folder: Path) -> RunRecord:
     history = [log for log in history if isinstance(log, dict)]
     state, why = "finished", ""
     if not is_finished:
-        metrics = _so_far(history)
+        metrics = _so_far(history) | {"preflight_accepted": accepted(folder)}
         state, why = (status or {}).get("state", "unknown"), (status or {}).get("why") or ""
         if state == "finished":
             state, why = "unknown", f"{METRICS} is gone"
@@ -151,11 +159,25 @@ def read_checkpoint(run_folder: Path, checkpoint: Path) -> RunRecord:
     return run._replace(
         state="running",
         why="",
-        metrics={**_so_far(history), "updates": step},
+        metrics={
+            **_so_far(history),
+            "updates": step,
+            "preflight_accepted": accepted(run_folder),
+        },
         history=history,
         samples=_samples(samples, step) if samples.exists() else [],
         model_config=_parsed(config, json.loads, dict) if config.exists() else {},
     )
+
+
+def accepted(folder: Path) -> dict[str, str]:
+    """Return what failed before the first update and was accepted, as name: what was found."""
+    found = {
+        name: without_folders(str(one.get("finding")))
+        for name, one in read_seen(folder).items()
+        if isinstance(one, dict) and one.get("mark") == "accepted"
+    }
+    return found
 
 
 def without_folders(text: str) -> str:

@@ -22,7 +22,7 @@ from pipeline.notices import Notices
 from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import Recipe
-from pipeline.run_files import SAMPLES
+from pipeline.run_files import PREFLIGHT, SAMPLES, read_seen
 from pipeline.sharding import tensor_bytes, wanted_sharding
 from pipeline.training_state import TrainingState
 from pipeline.watchdog import Watchdog
@@ -56,6 +56,7 @@ class SavingTrainer(Trainer):
         self._rollbacks = 0
         self._resumed: dict[str, Any] = {}  # facts of the checkpoint that the run goes on from
         self._saved_step: int | None = None
+        self.seen: dict[str, Any] = {}  # what preflight saw, by the name of the check
         self._fingerprints = fingerprints
         super().__init__(args=arguments, **parts)
         self._watch_updates()
@@ -64,6 +65,16 @@ class SavingTrainer(Trainer):
         self._writer = checkpoint.Writer(
             folder, keep=keep, written=self._pusher.offer, make_room=self._pusher.make_room
         )
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return self._processes
+
+    @property
+    def horizon(self) -> int:
+        """The update with which the run ends."""
+        return self._horizon
 
     @property
     def _rows_per_update(self) -> int:
@@ -104,10 +115,17 @@ class SavingTrainer(Trainer):
         place = {"step": self.state.global_step, "tokens_seen": self._tokens_seen}
         self.state.log_history.append(notice | place)
 
-    def _check_room(self, found: Path | None) -> None:
-        arguments = self.args
+    def check_room(self, found: Path | None) -> str:
+        """See that the disk has room for the checkpoints after `found`; say how much they need.
+
+        Raises:
+            InputError: it has not.
+        """
+        arguments, step = self.args, 0
         if found is not None:
-            size = sum(f["size"] for f in artifact.read_manifest(found)["files"].values())
+            manifest = artifact.read_manifest(found)
+            size = sum(f["size"] for f in manifest["files"].values())
+            step = manifest["facts"].get("step", 0)
         else:  # the weights and, of AdamW, two moments of each that is trained
             trained = sum(tensor_bytes(p) for p in self.model.parameters() if p.requires_grad)
             size = tensor_bytes(adaptation.stored_weights(self.model)[1]) + 2 * trained
@@ -115,15 +133,25 @@ class SavingTrainer(Trainer):
             arguments.save_strategy, arguments.save_steps
         )
         every = every if every >= 1 else math.ceil(every * self._horizon)
-        with artifact.full_disk_said(Path(arguments.output_dir)):
-            self._training_state.unchanging_files()  # while there is room
-        checkpoint.check_room(
+        return checkpoint.check_room(
             Path(arguments.output_dir),
             size=size,
-            planned=math.ceil((self._horizon - self._resumed.get("step", 0)) / every),
+            planned=math.ceil((self._horizon - step) / every),
             keep=arguments.save_total_limit,
             has_best=arguments.metric_for_best_model is not None,
         )
+
+    def _make_ready(self, found: Path | None) -> None:
+        """See that the run can be saved, and keep what is in no checkpoint but in its report."""
+        folder = Path(self.args.output_dir)
+        with artifact.full_disk_said(folder):
+            self._training_state.unchanging_files()  # while there is room
+            if self.seen:
+                known = read_seen(folder) if found is not None else {}
+                text = artifact.as_json(known | self.seen)
+                artifact.write_whole(folder / PREFLIGHT, text)
+        if "disk" not in self.recipe.preflight.accept:
+            self.check_room(found)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Copy what a checkpoint holds; a thread writes it while training goes on."""

@@ -311,6 +311,19 @@ class GuardSection(Section):
         return self
 
 
+# Of what is looked at before the first update, what a person may accept though it fails.
+CHECKS = (
+    "labels", "initial_loss", "gradient", "overfitting", "memory", "disk", "evaluation",
+)  # fmt: skip
+
+
+class PreflightSection(Section):
+    """What is looked at before the first update (all of it: --dry_run)."""
+
+    accept: list[Literal[CHECKS]] = Field(default_factory=list)
+    """Checks that may fail: the run begins all the same, and its report says so."""
+
+
 class CardFields(Section):
     """What a model card states that no run can know."""
 

@@ -33,11 +33,11 @@ from pipeline.callbacks import (
     TasksCallback,
     TrainingProgressCallback,
 )
-from pipeline.evaluating import EvaluatingTrainer, named_texts
+from pipeline.evaluating import named_texts
 from pipeline.lr_schedule import schedule
 from pipeline.machine import device_name
 from pipeline.meters import Meter
-from pipeline.model import parameter_count
+from pipeline.model import build_model, parameter_count
 from pipeline.optimizer import muon
 from pipeline.perplexity import bits_per_byte, perplexity
 from pipeline.planning import flops_per_token
@@ -46,15 +46,18 @@ from pipeline.processes import Processes
 from pipeline.pushing import Pusher
 from pipeline.recipe import InputError, Recipe, RunFailed, first_line
 from pipeline.results import measured, measured_tasks
+from pipeline.run_data import RunData
 from pipeline.run_files import SAMPLES
+from pipeline.run_record import accepted
 from pipeline.sharding import wanted_sharding
 from pipeline.tasks import as_logs, check_tasks
 from pipeline.tokenizer import tokenizer_fingerprint
+from pipeline.trial import TrialTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class PretrainingTrainer(EvaluatingTrainer):
+class PretrainingTrainer(TrialTrainer):
     """The same with our schedule and logs."""
 
     def __init__(
@@ -188,6 +191,7 @@ class PretrainingTrainer(EvaluatingTrainer):
             "parameters": parameter_count(self.model),
             "trained_parameters": parameter_count(self.model, trained=True),
             "past_updates": self.recipe.schedule.past_updates,
+            "preflight_accepted": accepted(self.recipe.output_dir),
             "world_size": self.args.world_size,
             "threads": torch.get_num_threads(),
             "device": device_name(self.args.device),
@@ -292,8 +296,7 @@ class PretrainingTrainer(EvaluatingTrainer):
         """Say what followed from the recipe, the data and the machine."""
         config, arguments, rows = self.model.config, self.args, len(self.train_dataset)
         block_size, updates = self.recipe.data.block_size, self._horizon
-        held_out = [self.eval_dataset, *self._texts.values()]
-        read = sum(len(rows) * block_size for rows in held_out)  # a third of a training token each
+        read = self.evaluated_tokens  # a third of a training token each
         parameters = parameter_count(self.model)
         trained = parameter_count(self.model, trained=True)
         share = f" ({trained:,} of them trained, {trained / parameters:.2%})"
@@ -359,3 +362,26 @@ class PretrainingTrainer(EvaluatingTrainer):
             self.add_callback(TasksCallback(section, run=self._run_tasks, log=self.log))
         if section.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(section.early_stopping_patience))
+
+
+def make_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    data: RunData,
+    *,
+    processes: Processes | None = None,
+    pusher: Pusher | None = None,
+) -> PretrainingTrainer:
+    """Return the trainer of the recipe's model on its data.
+
+    Raises:
+        InputError: see `build_model` and `PretrainingTrainer`.
+    """
+    model = build_model(
+        recipe.model, data.tokenizer, block_size=recipe.data.block_size, seed=arguments.seed,
+        attend_across=recipe.data.attend_across, added_tokens=len(recipe.tokenizer.added_tokens),
+    )  # fmt: skip
+    return PretrainingTrainer(
+        recipe, arguments, model=model, tokenizer=data.tokenizer, blocks=data.blocks,
+        processes=processes, pusher=pusher,
+    )  # fmt: skip

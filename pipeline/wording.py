@@ -1,5 +1,6 @@
 """Numbers as a person reads them: counts, times, and what is not known."""
 
+import datetime
 import math
 from typing import Any
 
@@ -47,3 +48,12 @@ def storage(size: float) -> str:
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
     large, unit = next((u for u in units if size >= 0.9995 * u[0]), units[-1])
     return f"{size / large:#.3g}".rstrip(".") + f" {unit}"
+
+
+def finishing(seconds: float) -> str:
+    """Return when something ends that takes so long from now on, in local time."""
+    try:
+        end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    except OverflowError:
+        return "the end of days"
+    return f"{end:%Y-%m-%d %H:%M}"

@@ -61,6 +61,7 @@ NOT_REFUSED = {
     "evaluation.texts": "harmless", "schedule": "applied", "evaluation": "applied",
     "guards": "applied",
     "generation": "harmless", "faults": "harmless", "hub": "harmless",
+    "preflight": "harmless",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from pipeline.processes import Processes
 from pipeline.recipe import InputError, read_recipe
 from pipeline.run_data import obtain_run_data
 from pipeline.trainer import PretrainingTrainer
+from pipeline.wording import finishing
 
 
 def make_trainer(recipe_path: Path, folder: Path, **overrides) -> PretrainingTrainer:
@@ -871,8 +872,9 @@ def test_the_time_left_does_not_count_the_compilation(monkeypatch, capsys):
         bar.on_step_end(given, state, None)
         bar.on_log(given, state, None, logs)
     lines = capsys.readouterr().out.splitlines()
-    assert ["left" in line for line in lines] == [False, True, True]
-    assert lines[1].endswith(", 00:16 left") and lines[2].endswith(", 00:21 left")
+    assert ["left" in line for line in lines] == [False, True, False, True]
+    assert lines[1].endswith(", 00:16 left") and lines[3].endswith(", 00:21 left")
+    assert lines[2] == f"update 6/14: at this speed the run ends at {finishing(16)}"
 
 
 def test_options_have_the_documented_defaults():

@@ -1,0 +1,238 @@
+"""What is seen of a run in a moment, before each one: loss, memory, disk, tokens, evaluations."""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from pipeline import artifact, machine
+from pipeline.findings import Finding
+from pipeline.model import parameter_count
+from pipeline.peak_memory import peak
+from pipeline.planning import FP32, KEPT_FREE, Shape, memory_by_part
+from pipeline.recipe import InputError
+from pipeline.run_files import CONFIG
+from pipeline.scaling_laws import verdict
+from pipeline.sharding import wanted_sharding
+from pipeline.trainer import PretrainingTrainer
+from pipeline.wording import duration, short
+
+# How far a fresh model's loss may be from ln(vocabulary), in nats. GPT-2's initialisation (standard
+# deviation 0.02) gives logits a variance of about width / 2500, half of which is added to the loss:
+# tried with 16 to 1,600 wide and 257 to 50,257 entries, it was 0.02 below to 0.38 above. Labels
+# that are the inputs themselves gave 0.18 to 1.15 less, a deviation of 0.1 gave 0.56 more.
+BELOW, ABOVE = 0.15, 0.5
+# Tokens on which a loss is looked at: its mean then varies by a hundredth.
+TOKENS = 2048
+# How far what a process was measured to hold may be from what `peak_memory` says of it.
+PEAK_ERROR = 0.1
+# Evaluations that cost more than the training are a mistake, as far as a person waits for it.
+EVALUATION_SHARE, EVALUATION_SECONDS = 0.5, 60.0
+
+
+def rows_at_once(trainer: PretrainingTrainer) -> int:
+    """Return how many rows a process takes where a look is enough: a batch, but few tokens."""
+    at_most = max(1, TOKENS // trainer.recipe.data.block_size)
+    return min(trainer.args.per_device_train_batch_size, at_most)
+
+
+def recipe_in_effect(trainer: PretrainingTrainer, *, whole: bool = False) -> Finding:
+    """Return what the run is made by; `whole`: with all of it, choices of the machine included."""
+    text, folder = trainer.recipe.as_yaml(), trainer.args.output_dir
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    said = f"sha256 {digest}..., to be saved as {Path(folder) / CONFIG}"
+    return Finding("recipe", said, shown=text.rstrip() if whole else "")
+
+
+def beginning(trainer: PretrainingTrainer, found: Path | None, *, is_finished=False) -> Finding:
+    """Return where the run begins."""
+    updates = trainer.horizon
+    if is_finished:
+        return Finding("resume", f"the run has finished: after {updates:,} updates nothing is left")
+    if found is None:
+        said = f"fresh: {trainer.args.output_dir} holds no checkpoint to go on from"
+    else:
+        said = f"goes on from {found}, after update {step_of(found):,} of {updates:,}"
+    return Finding("resume", said)
+
+
+def step_of(found: Path | None) -> int:
+    """Return the update after which a checkpoint was made, 0 for none."""
+    return 0 if found is None else artifact.read_manifest(found)["facts"].get("step", 0)
+
+
+def initial_loss(trainer: PretrainingTrainer) -> Finding:
+    """Return what the model, as it begins, makes of held-out rows, against ln(vocabulary)."""
+    rows = trainer.eval_dataset
+    count = min(len(rows), rows_at_once(trainer))
+    batch = trainer._prepare_inputs(rows.__getitems__(list(range(count))))
+    with trainer.untouched() as model, torch.no_grad():
+        loss = model(**batch).loss.item()
+    return judged_loss(
+        loss, vocabulary=trainer.model.config.vocab_size,
+        pretrained=trainer.recipe.model.pretrained,
+    )  # fmt: skip
+
+
+def judged_loss(loss: float, *, vocabulary: int, pretrained: str | None = None) -> Finding:
+    """Judge a loss before the first update: see `BELOW` and `ABOVE`; a pretrained model's is below
+    ln(vocabulary)."""
+    name, even = "initial_loss", math.log(vocabulary)
+    said = f"{loss:.3f} nats per token; ln({vocabulary:,}) is {even:.3f}"
+    if not math.isfinite(loss):
+        remedy = "the weights that the run begins with give no number: see to model"
+        return Finding(name, said, remedy)
+    if pretrained is not None:
+        if loss < even:
+            return Finding(name, f"{said}, and {pretrained} is below")
+        remedy = (
+            f"{pretrained} knows no more than nothing: see whether its weights are whole, and "
+            "whether tokenizer is the one that it was trained with"
+        )
+        return Finding(name, f"{said}, which a pretrained model should be below", remedy)
+    said += f", and a fresh model's loss {-BELOW:g} to +{ABOVE:g} from it"
+    if loss > even + ABOVE:
+        remedy = (
+            "its first guesses are worse than even ones: weights begin too large; see to "
+            "model.config.initializer_range (GPT-2's is 0.02)"
+        )
+        return Finding(name, said, remedy)
+    if loss < even - BELOW:
+        remedy = (
+            "it knows what it cannot know yet: see with --dry_run whether the labels are one token "
+            "ahead, and whether held-out text is nearly all the same token"
+        )
+        return Finding(name, said, remedy)
+    return Finding(name, said)
+
+
+def memory(trainer: PretrainingTrainer) -> Finding:
+    """Return what the run needs of its device's memory, against what there is for it."""
+    device, batch = trainer.args.device, trainer.args.per_device_train_batch_size
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type != "cuda" else 1
+    room = machine.free_memory(device) // sharing + machine.held_memory(device)
+    each = " for each process" if sharing > 1 else f" on {machine.device_name(device)}"
+    there, (least, most) = f"{_gigabytes(room)} are there{each}", needed(trainer, batch)
+    if least <= room:
+        close = "" if most <= room * (1 - KEPT_FREE) else ", which may not be enough"
+        return Finding("memory", f"about {_gigabytes(most)} at the most; {there}{close}")
+    said = f"at least {_gigabytes(least)} are needed, and {there}"
+    usable = room * (1 - KEPT_FREE)
+    sizes = [rows for rows in range(batch - 1, 0, -1) if batch % rows == 0]
+    fit = next((rows for rows in sizes if needed(trainer, rows)[1] <= usable), None)
+    if fit is not None:
+        remedy = (
+            f"{fit} rows at once fit (--training.per_device_train_batch_size {fit}, the update "
+            "stays the same)"
+        )
+    else:
+        remedy = "not even one row at once fits: take a smaller model.config or data.block_size"
+        if trainer.args.world_size > 1 and wanted_sharding() is None:
+            remedy += ", or accelerate_configs/fsdp2.yaml"
+    if not _is_checkpointed(trainer):
+        remedy += "; --training.gradient_checkpointing true keeps less for the backward pass"
+    return Finding("memory", said, remedy)
+
+
+def needed(trainer: PretrainingTrainer, rows: int) -> tuple[int, int]:
+    """Return the bytes that this process needs for certain with so many rows at once, and at most.
+
+    Where the weights are divided the latter is an upper bound, whose parts are not all there at
+    once; of it state and activations are needed for certain.
+    """
+    config, arguments, recipe = trainer.model.config, trainer.args, trainer.recipe
+    shape = Shape(
+        layers=config.n_layer, width=config.n_embd, heads=config.n_head, inner=config.n_inner,
+        vocabulary=config.vocab_size, positions=config.n_positions,
+    )  # fmt: skip
+    size, count = recipe.data.block_size, arguments.world_size
+    common = {
+        "rows": rows, "block_size": size, "precision": recipe.precision,
+        "optimizer": recipe.optimizer.name, "is_checkpointed": _is_checkpointed(trainer),
+        "is_accumulating": recipe.tokens_per_update > rows * size * count,
+        "is_blockwise": recipe.model.attn_implementation == "blockwise_causal",
+    }  # fmt: skip
+    if topology := wanted_sharding():
+        topology = "zero3" if topology == "deepspeed" else topology
+        device = "cuda" if arguments.device.type == "cuda" else "cpu"
+        parts = memory_by_part(shape, topology=topology, devices=count, device=device, **common)
+        state = parts["weights"] + parts["optimizer"]
+        return state + max(parts["gradients"], parts["activations"]), sum(parts.values())
+    parts = peak(
+        shape, kind=arguments.device.type, is_compiled=bool(arguments.torch_compile),
+        is_saving=arguments.save_strategy != "no", **common,
+    ).parts  # fmt: skip
+    if count > 1:  # DDP's buckets, besides gradients that are added up
+        parts["buffers"] = FP32 * parameter_count(trainer.model) * common["is_accumulating"]
+    # Of what is not trained there is neither gradient nor optimizer state.
+    share = parameter_count(trainer.model, trained=True) / parameter_count(trainer.model)
+    for part in {"gradients", "optimizer", "buffers", "checkpoint"} & set(parts):
+        parts[part] = round(parts[part] * share)
+    most = sum(parts.values())
+    return round(most * (1 - PEAK_ERROR)), most
+
+
+def disk(trainer: PretrainingTrainer, found: Path | None) -> Finding:
+    """Return the room that the checkpoints to come need."""
+    try:
+        return Finding("disk", trainer.check_room(found))
+    except InputError as error:
+        said, _, remedy = str(error).partition("; ")
+        return Finding("disk", said, remedy)
+
+
+def tokens(trainer: PretrainingTrainer) -> Finding:
+    """Return how many tokens each parameter is trained on, and what the scaling laws say of it."""
+    count = trainer.horizon * trainer.recipe.tokens_per_update
+    parameters = parameter_count(trainer.model)
+    said = f"{short(count)} / {short(parameters)} parameters = {count / parameters:.3g} each"
+    if trainer.recipe.model.pretrained is None:
+        said += f": {verdict(parameters, count)}"
+    return Finding("tokens", said)
+
+
+def evaluation(trainer: PretrainingTrainer, found: Path | None) -> Finding:
+    """Return what the evaluations while training cost, by the operations that they take."""
+    per_token, left = trainer._meter.flops_per_token, trainer.horizon - step_of(found)
+    training = left * trainer.recipe.tokens_per_update * per_token
+    each = trainer.evaluated_tokens * per_token / 3  # forward alone
+    rate = trainer._meter.product_rate * trainer.args.world_size
+    return judged_evaluation(
+        trainer.evaluations_left(step_of(found)), each, training, seconds=each / rate
+    )
+
+
+def judged_evaluation(
+    count: int, each: float, training: float, *, seconds: float, how: str = "by their products"
+) -> Finding:
+    """Judge what evaluations cost against the training: see `EVALUATION_SHARE`.
+
+    Args:
+        each, training: in one unit.
+        seconds: that one evaluation lasts at least.
+    """
+    name = "evaluation"
+    if not count:
+        return Finding(name, "none while training")
+    share = count * each / (count * each + training)
+    said = f"{count:,} while training, {share:.1%} of the run {how}"
+    if share > EVALUATION_SHARE and count * seconds > EVALUATION_SECONDS:
+        said += f", {duration(count * seconds)} or more"
+        remedy = (
+            "more than half: lower evaluation.tokens, or evaluate after more updates "
+            "(training.eval_steps)"
+        )
+        return Finding(name, said, remedy)
+    return Finding(name, said)
+
+
+def _is_checkpointed(trainer: PretrainingTrainer) -> bool:
+    # transformers 5.24 has renamed it.
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    return any(bool(getattr(trainer.args, name, False)) for name in names)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,309 @@
+"""What is seen of a run by trying it: rows, labels, gradient, one batch learnt, speed, costs.
+
+Nothing of it is left. Where several processes train together all of them call what is here.
+"""
+
+import functools
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pipeline import cheap_checks, findings
+from pipeline.arguments import remedy
+from pipeline.blocks import NO_LABEL
+from pipeline.cheap_checks import judged_evaluation, rows_at_once, step_of
+from pipeline.findings import Finding
+from pipeline.guard import NonFinite
+from pipeline.lr_schedule import schedule
+from pipeline.options import PretrainOptions
+from pipeline.pushing import Pusher
+from pipeline.recipe import InputError
+from pipeline.row_text import as_text
+from pipeline.run_folder import Run
+from pipeline.terminal_curve import drawn
+from pipeline.trainer import PretrainingTrainer
+from pipeline.trial import OneBatch
+from pipeline.wording import duration, finishing
+
+logger = logging.getLogger(__name__)
+
+# One batch of at most 2,048 tokens, at the recipe's peak rate after a warm-up of 5 updates. Tried:
+# its loss halved after 8 updates (the quickstart, Muon 1e-2), 20 (4 x 256, AdamW 6e-4), 111 (smoke,
+# AdamW 1e-3, 32 wide), 106 (a pretrained 4 x 128, 5e-5) and 159 (its LoRA, 3e-4). It did not with
+# a hundredth of the first or a tenth of smoke's rate, or with rates of 1 and more.
+FALL, UPDATES, WARMUP = 0.5, 200, 5
+# After so long, a batch that is not learnt is not judged: the machine is too slow to be asked.
+SECONDS_TO_LEARN = 60.0
+# Updates timed after the first one: as many and as long at least; none if that takes too long.
+TIMED_UPDATES, TIMED_SECONDS, MOST_SECONDS = 3, 1.5, 30.0
+# The model's loss against one from its logits, both fp32: they add up in another order.
+RELATIVE = 1e-4
+ROWS_SHOWN = 2
+
+
+def look(trainer: PretrainingTrainer, run: Run, pusher: Pusher, options: PretrainOptions) -> None:
+    """Show all that can be known of a run before its first update.
+
+    Raises:
+        InputError: something fails that the recipe does not accept; all has been shown.
+    """
+    told = functools.partial(trainer.processes.told, patiently=True)
+    accept, seen = trainer.recipe.preflight.accept, []
+
+    def see(finding: Finding) -> None:
+        seen.append(finding)
+        findings.say(finding, accept)
+
+    found = told(lambda: trainer.may_go_on_from(run.find(), options.allow_change))
+    started, begin = time.perf_counter(), None if run.finished else found
+    see(told(lambda: cheap_checks.recipe_in_effect(trainer, whole=True)))
+    see(told(lambda: cheap_checks.beginning(trainer, found, is_finished=run.finished)))
+    see(told(lambda: rows(trainer)))
+    see(told(lambda: labels(trainer)))
+    see(told(lambda: cheap_checks.initial_loss(trainer)))
+    see(told(lambda: gradient(trainer)))
+    see(told(lambda: learning_rate(trainer, step_of(begin))))
+    see(told(lambda: cheap_checks.memory(trainer)))
+    see(told(lambda: cheap_checks.disk(trainer, begin)))
+    see(told(lambda: cheap_checks.tokens(trainer)))
+    per_evaluation = told(lambda: evaluation_seconds(trainer))  # before the weights are divided
+    try:
+        learnt, of_one_batch = overfitting(trainer)
+        see(learnt)
+        for finding in times(trainer, begin, per_evaluation, of_one_batch):
+            see(finding)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if sentence := remedy(error, trainer.recipe, trainer.args):
+            raise InputError(sentence) from None
+        raise
+    if trainer.recipe.training.get("push_to_hub"):
+        see(told(lambda: hub(pusher)))
+    logger.info("  seen in %s; nothing is trained", duration(time.perf_counter() - started))
+    told(lambda: findings.judge(seen, accept))
+
+
+def rows(trainer: PretrainingTrainer) -> Finding:
+    """Return training rows as text, with what each token predicts and where documents begin."""
+    train = trainer.train_dataset
+    shown = as_text(train, trainer.processing_class, ROWS_SHOWN)
+    count = "streamed" if train.is_stream else f"{len(train):,}"
+    return Finding("rows", f"{count}, of {train.block_size} tokens; two of them:", shown=shown)
+
+
+def labels(trainer: PretrainingTrainer) -> Finding:
+    """See that labels are the tokens, boundaries are kept, and the loss is that of the next token.
+
+    The loss is computed again, in fp32, from the logits and the ids alone.
+    """
+    train, name = trainer.train_dataset, "labels"
+    anew = "prepare the text anew, in another --training.output_dir"
+    indices = list(range(min(len(train), rows_at_once(trainer))))
+    batch = train.__getitems__(indices)
+    ids, is_label = batch["input_ids"], batch["labels"] != NO_LABEL
+    if wrong := int((batch["labels"] != ids)[is_label].sum()):
+        return Finding(name, f"{wrong:,} labels are not the tokens of their rows", anew)
+    begins = [(n, c) for n in indices for c in train.row(n)[1].tolist() if c > 0]
+    if not train.attend_across:
+        joined = [(n, c) for n, c in begins if is_label[n, c] or batch["position_ids"][n, c]]
+        if joined:
+            said = f"in row {joined[0][0]} a document is not apart from the one before"
+            return Finding(name, said, anew)
+    targets = ids[:, 1:].masked_fill(~is_label[:, 1:], NO_LABEL)
+    given, nats = trainer._prepare_inputs(batch), 0.0
+    with trainer.untouched(in_fp32=True) as model, torch.no_grad():
+        loss = model(**given).loss.item()
+        for n in indices:  # the logits of one row at a time
+            row = {key: value[n : n + 1] for key, value in given.items() if key != "labels"}
+            logits = model(**row, use_cache=False).logits[0, :-1].float().cpu()
+            nats += F.cross_entropy(logits, targets[n], reduction="sum").item()
+    count = int((targets != NO_LABEL).sum())
+    said = f"loss {loss:.4f} of {count:,} labels, {nats / max(1, count):.4f} of the next tokens"
+    if not math.isclose(loss, nats / max(1, count), rel_tol=RELATIVE):
+        remedy = (
+            "the labels are not one token ahead: see to the model's loss (pipeline/model.py) and "
+            "its attention (model.attn_implementation)"
+        )
+        return Finding(name, said, remedy)
+    kept = "documents see those before" if train.attend_across else "documents are kept apart"
+    return Finding(name, f"{said}; boundaries in {len(indices)} rows: {len(begins):,}, {kept}")
+
+
+def gradient(trainer: PretrainingTrainer) -> Finding:
+    """See that a gradient reaches every weight that is trained, and is finite.
+
+    For one process, before DDP or FSDP2 has its hooks in the model.
+    """
+    train, name = trainer.train_dataset, "gradient"
+    batch = train.__getitems__(list(range(min(len(train), rows_at_once(trainer)))))
+    # fp16 overflows without the scaler that training has.
+    with trainer.untouched(in_fp32=trainer.recipe.precision == "fp16") as model:
+        loss = model(**trainer._prepare_inputs(batch)).loss
+        if loss.requires_grad:
+            loss.backward()
+        norms = {
+            name: 0.0 if weight.grad is None else torch.linalg.vector_norm(weight.grad).item()
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
+    # LoRA's B begins at zero, and so A has none yet (Hu et al. 2022, section 4.1).
+    cut = [weight for weight, norm in norms.items() if norm == 0 and ".lora_A." not in weight]
+    if cut:
+        said = ", ".join(cut[:3]) + (", ..." if len(cut) > 3 else "")
+        said = f"none reaches {len(cut)} of {len(norms)} trained weights: {said}"
+        remedy = (
+            "they would stay as they are: see to the model's forward, or say that they are not "
+            "trained (model.frozen_blocks, model.frozen_embeddings)"
+        )
+        return Finding(name, said, remedy)
+    total = math.hypot(*norms.values())
+    if not math.isfinite(total):
+        bad = next(weight for weight, norm in norms.items() if not math.isfinite(norm))
+        remedy = "see to the weights that the run begins with, and to precision"
+        return Finding(name, f"its norm is {total}, in {bad} first", remedy)
+    return Finding(name, f"reaches all {len(norms)} trained weights; its norm is {total:.3g}")
+
+
+def learning_rate(trainer: PretrainingTrainer, step: int = 0) -> Finding:
+    """Return the recipe's learning rate over the updates, drawn; `step` is where the run begins."""
+    section, updates, peak = trainer.recipe.schedule, trainer.horizon, trainer.args.learning_rate
+    curve = schedule(section, max_steps=updates)
+    values = [peak * curve(number) for number in range(updates)]
+    highest, last, across = max(values), values[-1], max(1, updates - 1)
+    top = values.index(highest)
+    floor = updates - next((n for n, v in enumerate(reversed(values)) if v != last), updates)
+    marks = [(top / across, f"peak {highest:.3g} at update {top + 1:,}")]
+    if last < highest:
+        marks.append((floor / across, f"floor {last:.3g} from {floor + 1:,}"))
+    if step:
+        marks.append((min(step / across, 1.0), f"goes on after {step:,}"))
+    warm = f"warm-up of {top:,} updates" if values[0] < highest else "no warm-up"
+    drawing = drawn(values, marks=marks, encoding=sys.stdout.encoding)
+    return Finding("schedule", f"{section.name}, {warm}, {updates:,} in all", shown=drawing)
+
+
+def overfitting(trainer: PretrainingTrainer) -> tuple[Finding, float]:
+    """See that the run's optimizer learns one batch by heart; return its tokens per second, too."""
+    name, began, losses = "overfitting", time.monotonic(), []
+    if trainer.is_deepspeed_enabled:  # its engine cannot be made twice
+        return Finding(name, "not tried with DeepSpeed", is_judged=False), 0.0
+    rows = trainer.eval_dataset if trainer.train_dataset.is_stream else trainer.train_dataset
+    count = trainer.processes.count
+    batch = OneBatch(rows, rows_at_once(trainer) * count)
+
+    def is_enough(update: int, loss: float) -> bool:
+        losses.append(loss)
+        is_slow = time.monotonic() - began > SECONDS_TO_LEARN
+        return loss <= FALL * losses[0] or not math.isfinite(loss) or is_slow
+
+    constant = {"name": "linear", "warmup_steps": WARMUP, "floor": 1.0}
+    per_second, broke = 0.0, ""
+    try:
+        recipe = trainer.recipe.with_values(schedule=constant)
+        trial = trainer.tried(is_enough, recipe=recipe, batch=batch, most_updates=UPDATES)
+        per_second = trial.tokens_per_second
+    except NonFinite as fault:
+        broke = f"; {fault}"
+    lasted = time.monotonic() - began
+    finding = trainer.processes.told(
+        lambda: judged_losses(
+            losses, tokens=len(batch) * batch.block_size, rate=trainer.args.learning_rate,
+            broke=broke, lasted=lasted,
+        )
+    )  # fmt: skip
+    return finding, per_second
+
+
+def judged_losses(
+    losses: list[float], *, tokens: int, rate: float, broke: str = "", lasted: float = 0.0
+) -> Finding:
+    """Judge the losses of one batch, each before its update: see `FALL`.
+
+    Args:
+        broke: what ended them before their time.
+        lasted: seconds.
+    """
+    name, first = "overfitting", losses[0] if losses else math.nan
+    last, updates = (losses[-1], len(losses) - 1) if losses else (math.nan, 0)
+    said = f"one batch of {tokens:,} tokens: loss {first:.3f} to {last:.3f} in {updates} updates"
+    said += f" at a rate of {rate:g}"
+    if last <= FALL * first:
+        return Finding(name, f"{said}; all is put back")
+    if lasted > SECONDS_TO_LEARN and not broke and last < first:
+        said += f", and no more after {duration(lasted)}: not judged"
+        return Finding(name, said, is_judged=False)
+    said += f", not to half of it{broke}"
+    is_unmoved = max(losses, default=first) - min(losses, default=first) < 0.01 * first
+    is_slow = not broke and math.isfinite(last) and (last < first or is_unmoved)
+    way = "raise it tenfold" if is_slow else "lower it to a tenth"
+    return Finding(name, said, f"see to training.learning_rate: {way}")
+
+
+def evaluation_seconds(trainer: PretrainingTrainer) -> float:
+    """Return how long one evaluation takes, by a batch of held-out rows."""
+    rows = trainer.eval_dataset
+    count = min(len(rows), rows_at_once(trainer))
+    batch = trainer._prepare_inputs(rows.__getitems__(list(range(count))))
+    with trainer.untouched() as model, torch.no_grad():
+        for _ in range(2):  # the first one is slower
+            started = time.perf_counter()
+            model(**batch).loss.item()
+            seconds = time.perf_counter() - started
+    each = seconds / (count * rows.block_size) / trainer.processes.count
+    return trainer.evaluated_tokens * each
+
+
+def times(
+    trainer: PretrainingTrainer, begin: Path | None, per_evaluation: float, of_one_batch: float
+) -> list[Finding]:
+    """Return how fast real updates are, when the run ends, and what evaluations cost of it.
+
+    Args:
+        begin: the checkpoint that the run goes on from.
+        per_evaluation: seconds.
+        of_one_batch: tokens per second that were measured before.
+    """
+    per_update, left = trainer.recipe.tokens_per_update, trainer.horizon - step_of(begin)
+    evaluations, count = trainer.evaluations_left(step_of(begin)), 0
+    said = "on the batch above, as a real update takes too long here"
+    per_second, began = of_one_batch, time.monotonic()
+    timed = (1 + TIMED_UPDATES) * per_update
+    if not trainer.is_deepspeed_enabled and timed <= MOST_SECONDS * of_one_batch:
+
+        def is_enough(update: int, loss: float) -> bool:
+            nonlocal count
+            count = update - 1
+            return count >= TIMED_UPDATES and time.monotonic() - began > TIMED_SECONDS
+
+        try:
+            per_second = trainer.tried(is_enough).tokens_per_second
+            said = f"in {count} updates"
+        except NonFinite as fault:
+            return [Finding("speed", str(fault), "see to training.learning_rate: lower it")]
+    per_second = trainer.processes.told(lambda: per_second)
+    if not per_second:
+        return [Finding("speed", "not measured", is_judged=False)]
+    training = left * per_update / per_second
+    seconds = training + evaluations * per_evaluation
+    compiled = ", not compiled (a run is)" if trainer.args.torch_compile else ""
+    said = f"{per_second:,.0f} tokens/s {said}{compiled}: {duration(seconds)} with evaluations"
+    speed = Finding("speed", f"{said}, until {finishing(seconds)} if it began now")
+    return [
+        speed,
+        judged_evaluation(
+            evaluations, per_evaluation, training, seconds=per_evaluation, how="as measured"
+        ),
+    ]
+
+
+def hub(pusher: Pusher) -> Finding:
+    """See that the Hub can be reached by whoever pushes."""
+    try:
+        return Finding("hub", pusher.look())
+    except InputError as error:
+        said, _, remedy = str(error).partition("; ")
+        return Finding("hub", said, remedy or "see to it, or train without training.push_to_hub")
