@@ -62,7 +62,7 @@ SYMPTOMS = {
         "after `guards.stuck_updates` updates the loss is still what guessing gives: nothing is "
         "learnt",
         (
-            Treatment("too low a rate", "`training.learning_rate` x 10"),
+            Treatment("too low a rate", "`training.learning_rate` x 10 (`find_learning_rate.py`)"),
             Treatment("too long a warm-up", "shorter `schedule.warmup_steps`"),
             Treatment("text without order", _LOOK_AT_ROWS),
         ),
