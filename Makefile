@@ -8,13 +8,23 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch>=2.11,<2.14
 
-.PHONY: pretrain test soak lint clean
+.PHONY: pretrain test ladder soak lint clean
 
 pretrain: $(VENV)/installed
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml pipeline/pretrain.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n logical --maxprocesses 8 --dist loadfile
+
+# Fourteen small runs, and the law that they follow; what is finished is not run again.
+ladder: $(VENV)/installed
+	for recipe in recipes/ladder/*.yaml; do \
+		$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml \
+			pipeline/pretrain.py --config $$recipe || exit; \
+	done
+	$(BIN)/python pipeline/plan.py --fit outputs/ladder/*/metrics.json \
+		--leave_out outputs/ladder/4x128_10/metrics.json \
+		--config recipes/quickstart.yaml --picture outputs/ladder/law.png
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py --kills 1000
