@@ -178,7 +178,9 @@ def learning_rate(trainer: PretrainingTrainer, step: int = 0) -> Finding:
     floor = updates - next((n for n, v in enumerate(reversed(values)) if v != last), updates)
     marks = [(top / across, f"peak {highest:.3g} at update {top + 1:,}")]
     if last < highest:
-        marks.append((floor / across, f"floor {last:.3g} from {floor + 1:,}"))
+        stays = f"floor {last:.3g} from {floor + 1:,}"
+        stays = stays if floor + 1 < updates else f"{last:.3g} at the end"
+        marks.append((floor / across, stays))
     if step:
         marks.append((min(step / across, 1.0), f"goes on after {step:,}"))
     warm = f"warm-up of {top:,} updates" if values[0] < highest else "no warm-up"
@@ -289,7 +291,7 @@ def times(
         return [Finding("speed", "not measured", is_judged=False)]
     training = left * per_update / per_second
     seconds = training + evaluations * per_evaluation
-    compiled = ", not compiled (a run is)" if trainer.args.torch_compile else ""
+    compiled = ", not compiled, as the run will be" if trainer.args.torch_compile else ""
     said = f"{per_second:,.0f} tokens/s {said}{compiled}: {duration(seconds)} with evaluations"
     speed = Finding("speed", f"{said}, until {finishing(seconds)} if it began now")
     return [

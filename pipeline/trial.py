@@ -91,7 +91,9 @@ class TrialTrainer(EvaluatingTrainer):
             batch: what every update is made of, instead of the training rows.
             most_updates: the horizon (default: the run's).
         """
-        weights = {name: whole(w).to("cpu", copy=True) for name, w in self._own_weights().items()}
+        weights = {
+            name: whole(weight).to("cpu", copy=True) for name, weight in self._own_weights().items()
+        }
         kept, modes = dict(vars(self)), {m: m.training for m in self.model.modules()}
         generators = self._training_state.random_state()
         states = random.getstate(), np.random.get_state()
@@ -115,14 +117,15 @@ class TrialTrainer(EvaluatingTrainer):
             for module, mode in modes.items():
                 module.training = mode
             for name, weight in self._own_weights().items():
-                put(weight.detach(), weights[name].to(weight.device))
+                put(weight, weights[name].to(weight.device))
         for name, weight in self._own_weights().items():
             assert torch.equal(whole(weight).cpu(), weights[name]), f"{name} is not as it was"
         assert self._training_state.random_state() == generators, "the generators are not"
         return trial
 
     def _own_weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: weight.detach() for name, weight in named.items()}
 
     def _set_up_trial(
         self, recipe: Recipe | None, batch: OneBatch | None, most_updates: int | None
