@@ -292,7 +292,7 @@ def test_noise_among_the_rows_is_a_spike_also_after_a_resume_within_its_window(
 @pytest.mark.parametrize(
     ("rate", "symptom", "words"),
     [
-        (1e-9, "stuck", "too low a rate (training.learning_rate x 10)"),
+        (1e-9, "stuck", "too low a rate (training.learning_rate x 10 (find_learning_rate.py))"),
         (1.0, "diverged", "too high a rate (training.learning_rate x 0.1)"),
     ],
 )
