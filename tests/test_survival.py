@@ -577,8 +577,8 @@ def test_room_for_the_checkpoints_is_looked_for_before_training(runs, tmp_path):
     assert re.search(
         rf"^error: preflight: disk: {re.escape(str(folder))}: the checkpoints that the recipe "
         r"wants need [\d.]+ MB there \(3 more of [\d.]+ MB\), and 0\.50 MB are free; make room, "
-        r"lower training\.save_total_limit, or choose another --training\.output_dir, or accept it with "
-        r"--preflight\.accept disk$",
+        r"lower training\.save_total_limit, or choose another --training\.output_dir, or accept "
+        r"it with --preflight\.accept disk$",
         said, re.MULTILINE,
     )  # fmt: skip
     assert "Traceback" not in said and not checkpoint.checkpoints(folder)
