@@ -14,7 +14,9 @@ import psutil
 from pipeline.footprint import WATTS_PER_CORE, WATTS_PER_GB, board_watts
 
 # Shares of a device's dense rate that a compiled bf16 step of GPT-2 reaches.
-CPU_MFU = 0.39  # the quickstart on two Zen 4 cores, 1,400 updates (tests/benchmarks/README.md)
+# The quickstart on two Zen 4 cores, 1,400 updates; larger ones reach more, 0.65 at 4 x 192 and 0.74
+# at 124M (tests/benchmarks/README.md), so that a plan's time is rather too long.
+CPU_MFU = 0.39
 A100_MFU = 0.39  # 124M, compiled PyTorch with fused attention: S. Raschka's ladder of speed-ups
 H100_MFU = 0.40  # 124M: 40.5 % by llm.c (modded-nanogpt, record 1); 1558M: 49 %
 OTHER_MFU = 0.35  # an assumption, a little below the A100's; no figure of GPT-2 was found

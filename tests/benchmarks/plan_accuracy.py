@@ -112,7 +112,8 @@ def train(case: Case, folder: Path, text: Path, tokenizer: str) -> Path:
         "model.config": json.dumps(
             {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width}
         ),
-        "optimizer.name": case.optimizer, "evaluation.tokens": 4096,
+        "optimizer.name": case.optimizer, "evaluation.tokens": 2048,
+        "data.validation_fraction": 0.01, "data.test_fraction": 0.01,
         "training.max_steps": case.updates, "training.per_device_train_batch_size": case.rows,
         "training.gradient_checkpointing": str(case.is_checkpointed).lower(),
         "training.torch_compile": str(case.is_compiled).lower(),
