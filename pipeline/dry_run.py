@@ -291,7 +291,7 @@ def times(
         return [Finding("speed", "not measured", is_judged=False)]
     training = left * per_update / per_second
     seconds = training + evaluations * per_evaluation
-    compiled = ", not compiled, as the run will be" if trainer.args.torch_compile else ""
+    compiled = " without compilation, which the run has" if trainer.args.torch_compile else ""
     said = f"{per_second:,.0f} tokens/s {said}{compiled}: {duration(seconds)} with evaluations"
     speed = Finding("speed", f"{said}, until {finishing(seconds)} if it began now")
     return [

@@ -91,13 +91,14 @@ def precision(asked: str, *, on_cpu: bool) -> str:
     return asked
 
 
-def warm_compiler(arguments: TrainingArguments) -> None:
+def warm_compiler(arguments: TrainingArguments, *, is_wanted: bool = True) -> None:
     """Let another process prepare what compiling for a CPU needs, while the text is prepared.
 
     Precompiled headers and tests of the processor, which PyTorch keeps in its cache on disk: 7 of
-    53 seconds of a first compilation here. Nothing where nothing is compiled for a CPU.
+    53 seconds of a first compilation here. Nothing where nothing is compiled for a CPU, or it is
+    not wanted: beside a dry run, which compiles nothing, it would only slow down what is timed.
     """
-    is_needed = arguments.torch_compile and arguments.device.type == "cpu"
+    is_needed = is_wanted and arguments.torch_compile and arguments.device.type == "cpu"
     if not is_needed or arguments.local_process_index:  # one for a machine
         return
     code = "import torch; torch.compile(torch.sin)(torch.ones(64))"

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, options = read_command_line(argv, PretrainOptions, doc=__doc__)
 
     # Not before: torch takes seconds, and --help or a misspelt key should not.
-    from pipeline import dry_run, preflight, report, run_folder
+    from pipeline import dry_run, machine, preflight, report, run_folder
     from pipeline.arguments import training_arguments
     from pipeline.model import check_model
     from pipeline.pretrained import settled
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with pusher, run_folder.opened(recipe, options, processes, pusher.finish) as run:
         if options.dry_run or not run.finished:
             recipe = preflight.passed(recipe, processes, pusher, is_dry=options.dry_run)
+            machine.warm_compiler(arguments, is_wanted=not options.dry_run)
             data = obtain_run_data(recipe, arguments, processes)
             trainer = make_trainer(recipe, arguments, data, processes=processes, pusher=pusher)
             with data.flowing():

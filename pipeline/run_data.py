@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from pipeline import machine
 from pipeline.blocks import Rows, open_blocks
 from pipeline.completions import CHAT_TEMPLATE
 from pipeline.corpus import Corpus
@@ -43,7 +42,6 @@ def obtain_run_data(
         InputError: see `Corpus`, `obtain_tokenizer` and `prepare_blocks`.
     """
     section, folder, ring = recipe.data, recipe.blocks_dir, ring or recipe.ring_dir
-    machine.warm_compiler(arguments)
 
     def prepared() -> tuple[Corpus, PreTrainedTokenizerBase]:
         corpus = Corpus(section, recipe.cleaning, digests=recipe.digests_path)

@@ -242,6 +242,8 @@ def test_the_compiler_is_warmed_once_where_it_is_used(monkeypatch, given, starte
     monkeypatch.setattr(atexit, "register", at_exit.append)
     machine.warm_compiler(compiling(**given))
     assert len(calls) == started and at_exit == [process.kill] * started
+    machine.warm_compiler(compiling(), is_wanted=False)
+    assert len(calls) == started
     for (command,), streams in calls:
         assert command[0] == sys.executable and set(streams.values()) == {subprocess.DEVNULL}
 

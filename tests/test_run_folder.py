@@ -202,14 +202,16 @@ def test_two_at_once_in_one_folder(smoke_recipe, tmp_path):
 
 
 def test_a_finished_run_reprints_its_summary(smoke_recipe, run_copy, capsys, monkeypatch):
-    monkeypatch.setattr("pipeline.machine.warm_compiler", lambda _: pytest.fail("for nothing"))
+    monkeypatch.setattr(
+        "pipeline.machine.warm_compiler", lambda _, **__: pytest.fail("for nothing")
+    )
     pretrain.main(["--config", str(smoke_recipe), "--training.output_dir", str(run_copy)])
     assert "bits per byte" in capsys.readouterr().out
 
 
 def test_another_recipe_s_rows_are_refused(smoke_recipe, run_copy, monkeypatch):
     warmed = []
-    monkeypatch.setattr("pipeline.machine.warm_compiler", warmed.append)
+    monkeypatch.setattr("pipeline.machine.warm_compiler", lambda given, **_: warmed.append(given))
     for name in run_folder.RESULTS:
         (run_copy / name).unlink(missing_ok=True)
     for folder in run_copy.glob("checkpoint-*"):
