@@ -25,7 +25,7 @@ from pipeline.attention import check_documents_are_apart
 from pipeline.blocks import NO_LABEL
 from pipeline.linear_cross_entropy import linear_cross_entropy
 from pipeline.merging import merged_model
-from pipeline.model_shape import check_config
+from pipeline.model_shape import check_config, check_pretrained
 from pipeline.pretrained import pretrained_config
 from pipeline.reach import check_local, not_loaded
 from pipeline.recipe import InputError, first_line
@@ -54,16 +54,9 @@ def check_model(section: ModelSection, *, block_size: int) -> None:
         config = pretrained_config(section)
         if section.lora_r is not None:
             adaptation.check_peft("model.lora_r")
-        if block_size > config.n_positions:
-            raise InputError(
-                f"data.block_size is {block_size}, but {section.pretrained} has "
-                f"{config.n_positions} positions; set data.block_size to that or less"
-            )
-        if section.frozen_blocks > config.n_layer:
-            raise InputError(
-                f"model.frozen_blocks is {section.frozen_blocks}, but {section.pretrained} has "
-                f"{config.n_layer} blocks"
-            )
+        check_pretrained(
+            section, positions=config.n_positions, layers=config.n_layer, block_size=block_size
+        )
         return
     check_config(section.config)
     config = _fresh_config(section, vocab_size=257, block_size=block_size, end_of_text=0)

@@ -35,6 +35,26 @@ class PlannedModel(NamedTuple):
     """How the vocabulary is known, or that it is assumed."""
 
 
+def check_pretrained(
+    section: ModelSection, *, positions: int, layers: int, block_size: int
+) -> None:
+    """Check that a pretrained model has the positions and blocks that the recipe asks of it.
+
+    Raises:
+        InputError: it has not.
+    """
+    if block_size > positions:
+        raise InputError(
+            f"data.block_size is {block_size}, but {section.pretrained} has {positions} positions; "
+            "set data.block_size to that or less"
+        )
+    if section.frozen_blocks > layers:
+        raise InputError(
+            f"model.frozen_blocks is {section.frozen_blocks}, but {section.pretrained} has "
+            f"{layers} blocks"
+        )
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Check what of `model.config` sets the shape.
 
@@ -77,16 +97,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
         count = parameters(shape)
         return PlannedModel(shape, count, count, 0, 0, source)
     shape = _pretrained(section)
-    if block_size > shape.positions:
-        raise InputError(
-            f"data.block_size is {block_size}, but {section.pretrained} has "
-            f"{shape.positions} positions; set data.block_size to that or less"
-        )
-    if section.frozen_blocks > shape.layers:
-        raise InputError(
-            f"model.frozen_blocks is {section.frozen_blocks}, but {section.pretrained} has "
-            f"{shape.layers} blocks"
-        )
+    check_pretrained(section, positions=shape.positions, layers=shape.layers, block_size=block_size)
     if section.cut_positions:
         shape = shape._replace(positions=block_size)
     if recipe.tokenizer.added_tokens:
