@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from optimizer_step import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.hardware import hardware
@@ -63,18 +64,6 @@ CASES = (
     Case("4x192", Shape(4, 192, 3, 4096, 128), 16, 128, "bf16", 12, "adamw", 2, is_compiled=True),
     Case("8x512", Shape(8, 512, 8, 8192, 256), 16, 256, "fp32", 6, is_checkpointed=True),
 )
-
-
-class Vocabulary:
-    """What a model asks of a tokenizer."""
-
-    eos_token_id = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
 
 
 def main() -> None:
@@ -161,7 +150,7 @@ def counted(case: Case, shape: Shape) -> float:
     config = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width}
     section = ModelSection(config=config, attn_implementation="eager")
     size = case.block_size
-    model = build_model(section, Vocabulary(shape.vocabulary), block_size=size, seed=0)
+    model = build_model(section, Tokenizer(shape.vocabulary), block_size=size, seed=0)
     ids = torch.zeros(1, size, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()
