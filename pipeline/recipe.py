@@ -6,6 +6,7 @@ installed source, which is read and not imported, so that a misspelt key costs n
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,7 +269,9 @@ def sentence_of(
     if finding["type"] in ("extra_forbidden", "missing"):
         parts = [str(p) for p in finding["loc"]]
     key = ".".join([section, *parts] if section else parts)
-    where = f"--{key}" if key in overrides else f"{path}: {key}" if key else f"{path}"
+    # A list on the command line is one value, whichever of its items is wrong.
+    named = re.sub(r"\.\d+$", "", key)
+    where = f"--{named}" if named in overrides else f"{path}: {key}" if key else f"{path}"
     if finding["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"{where}: this key is gone in transformers 5; use {RENAMED[key]}"
