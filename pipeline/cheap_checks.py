@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from pipeline import artifact, machine
+from pipeline.batch_memory import KEPT_FREE, Batch
 from pipeline.findings import Finding
 from pipeline.model import parameter_count
-from pipeline.peak_memory import peak
-from pipeline.planning import FP32, KEPT_FREE, Shape, memory_by_part
+from pipeline.planning import Shape
 from pipeline.recipe import InputError
 from pipeline.run_files import CONFIG
 from pipeline.scaling_laws import verdict
 from pipeline.sharding import wanted_sharding
 from pipeline.trainer import PretrainingTrainer
-from pipeline.wording import duration, short
+from pipeline.wording import duration, short, storage
 
 # How far a fresh model's loss may be from ln(vocabulary), in nats. GPT-2's initialisation (standard
 # deviation 0.02) gives logits a variance of about width / 2500, half of which is added to the loss:
@@ -26,8 +26,6 @@ from pipeline.wording import duration, short
 BELOW, ABOVE = 0.15, 0.5
 # Tokens on which a loss is looked at: its mean then varies by a hundredth.
 TOKENS = 2048
-# How far what a process was measured to hold may be from what `peak_memory` says of it.
-PEAK_ERROR = 0.1
 # Evaluations that cost more than the training are a mistake, as far as a person waits for it.
 EVALUATION_SHARE, EVALUATION_SECONDS = 0.5, 60.0
 
@@ -67,7 +65,7 @@ def initial_loss(trainer: PretrainingTrainer) -> Finding:
     """Return what the model, as it begins, makes of held-out rows, against ln(vocabulary)."""
     rows = trainer.eval_dataset
     count = min(len(rows), rows_at_once(trainer))
-    batch = trainer._prepare_inputs(rows.__getitems__(list(range(count))))
+    batch = trainer.batch(rows, range(count))
     with trainer.untouched() as model, torch.no_grad():
         loss = model(**batch).loss.item()
     return judged_loss(
@@ -110,18 +108,20 @@ def judged_loss(loss: float, *, vocabulary: int, pretrained: str | None = None) 
 
 def memory(trainer: PretrainingTrainer) -> Finding:
     """Return what the run needs of its device's memory, against what there is for it."""
-    device, batch = trainer.args.device, trainer.args.per_device_train_batch_size
+    device, rows = trainer.args.device, trainer.args.per_device_train_batch_size
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type != "cuda" else 1
     room = machine.free_memory(device) // sharing + machine.held_memory(device)
     each = " for each process" if sharing > 1 else f" on {machine.device_name(device)}"
-    there, (least, most) = f"{_gigabytes(room)} are there{each}", needed(trainer, batch)
-    if least <= room:
-        close = "" if most <= room * (1 - KEPT_FREE) else ", which may not be enough"
-        return Finding("memory", f"about {_gigabytes(most)} at the most; {there}{close}")
-    said = f"at least {_gigabytes(least)} are needed, and {there}"
-    usable = room * (1 - KEPT_FREE)
-    sizes = [rows for rows in range(batch - 1, 0, -1) if batch % rows == 0]
-    fit = next((rows for rows in sizes if needed(trainer, rows)[1] <= usable), None)
+    there, batch = f"{storage(room)} are there{each}", batch_memory(trainer)
+    most, usable = batch.peak_bytes(rows), room * (1 - KEPT_FREE)
+    if batch.least_bytes(rows) <= room:
+        close = "" if most <= usable else ", which may not be enough"
+        return Finding("memory", f"about {storage(most)} at the most; {there}{close}")
+    said = f"at least {storage(batch.least_bytes(rows))} are needed, and {there}"
+    sizes = [fewer for fewer in range(rows - 1, 0, -1) if rows % fewer == 0]
+    # More batches to an update: their gradients are added up.
+    batch = batch._replace(is_accumulating=True)
+    fit = next((fewer for fewer in sizes if batch.peak_bytes(fewer) <= usable), None)
     if fit is not None:
         remedy = (
             f"{fit} rows at once fit (--training.per_device_train_batch_size {fit}, the update "
@@ -131,47 +131,29 @@ def memory(trainer: PretrainingTrainer) -> Finding:
         remedy = "not even one row at once fits: take a smaller model.config or data.block_size"
         if trainer.args.world_size > 1 and wanted_sharding() is None:
             remedy += ", or accelerate_configs/fsdp2.yaml"
-    if not _is_checkpointed(trainer):
+    if not batch.is_checkpointed:
         remedy += "; --training.gradient_checkpointing true keeps less for the backward pass"
     return Finding("memory", said, remedy)
 
 
-def needed(trainer: PretrainingTrainer, rows: int) -> tuple[int, int]:
-    """Return the bytes that this process needs for certain with so many rows at once, and at most.
-
-    Where the weights are divided the latter is an upper bound, whose parts are not all there at
-    once; of it state and activations are needed for certain.
-    """
+def batch_memory(trainer: PretrainingTrainer) -> Batch:
+    """Return what decides how much memory this process takes."""
     config, arguments, recipe = trainer.model.config, trainer.args, trainer.recipe
     shape = Shape(
         layers=config.n_layer, width=config.n_embd, heads=config.n_head, inner=config.n_inner,
         vocabulary=config.vocab_size, positions=config.n_positions,
     )  # fmt: skip
-    size, count = recipe.data.block_size, arguments.world_size
-    common = {
-        "rows": rows, "block_size": size, "precision": recipe.precision,
-        "optimizer": recipe.optimizer.name, "is_checkpointed": _is_checkpointed(trainer),
-        "is_accumulating": recipe.tokens_per_update > rows * size * count,
-        "is_blockwise": recipe.model.attn_implementation == "blockwise_causal",
-    }  # fmt: skip
-    if topology := wanted_sharding():
-        topology = "zero3" if topology == "deepspeed" else topology
-        device = "cuda" if arguments.device.type == "cuda" else "cpu"
-        parts = memory_by_part(shape, topology=topology, devices=count, device=device, **common)
-        state = parts["weights"] + parts["optimizer"]
-        return state + max(parts["gradients"], parts["activations"]), sum(parts.values())
-    parts = peak(
-        shape, kind=arguments.device.type, is_compiled=bool(arguments.torch_compile),
-        is_saving=arguments.save_strategy != "no", **common,
-    ).parts  # fmt: skip
-    if count > 1:  # DDP's buckets, besides gradients that are added up
-        parts["buffers"] = FP32 * parameter_count(trainer.model) * common["is_accumulating"]
-    # Of what is not trained there is neither gradient nor optimizer state.
-    share = parameter_count(trainer.model, trained=True) / parameter_count(trainer.model)
-    for part in {"gradients", "optimizer", "buffers", "checkpoint"} & set(parts):
-        parts[part] = round(parts[part] * share)
-    most = sum(parts.values())
-    return round(most * (1 - PEAK_ERROR)), most
+    topology = wanted_sharding() or ("ddp" if arguments.world_size > 1 else "none")
+    trained = parameter_count(trainer.model, trained=True)
+    return Batch(
+        shape, recipe.data.block_size, recipe.precision,
+        "zero3" if topology == "deepspeed" else topology, arguments.world_size,
+        arguments.device.type, recipe.optimizer.name, trained / parameter_count(trainer.model),
+        is_accumulating=arguments.gradient_accumulation_steps > 1,
+        is_checkpointed=_is_checkpointed(trainer),
+        is_blockwise=recipe.model.attn_implementation == "blockwise_causal",
+        is_compiled=bool(arguments.torch_compile), is_saving=arguments.save_strategy != "no",
+    )  # fmt: skip
 
 
 def disk(trainer: PretrainingTrainer, found: Path | None) -> Finding:
@@ -195,10 +177,10 @@ def tokens(trainer: PretrainingTrainer) -> Finding:
 
 def evaluation(trainer: PretrainingTrainer, found: Path | None) -> Finding:
     """Return what the evaluations while training cost, by the operations that they take."""
-    per_token, left = trainer._meter.flops_per_token, trainer.horizon - step_of(found)
+    per_token, left = trainer.meter.flops_per_token, trainer.horizon - step_of(found)
     training = left * trainer.recipe.tokens_per_update * per_token
     each = trainer.evaluated_tokens * per_token / 3  # forward alone
-    rate = trainer._meter.product_rate * trainer.args.world_size
+    rate = trainer.meter.product_rate * trainer.args.world_size
     return judged_evaluation(
         trainer.evaluations_left(step_of(found)), each, training, seconds=each / rate
     )
@@ -232,7 +214,3 @@ def _is_checkpointed(trainer: PretrainingTrainer) -> bool:
     # transformers 5.24 has renamed it.
     names = ("gradient_checkpointing", "activation_checkpointing")
     return any(bool(getattr(trainer.args, name, False)) for name in names)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -5,7 +5,8 @@ Arithmetic, before a run. Latency is not counted: the figures are for large mess
 
 from typing import NamedTuple
 
-from pipeline.planning import FP32, Shape, parameters, parameters_by_part, training_flops
+from pipeline.memory_bound import FP32
+from pipeline.planning import Shape, parameters, parameters_by_part, training_flops
 
 # The share of a forward and backward pass that is the backward's: two of three products.
 BACKWARD = 2 / 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pipeline import planning
+from pipeline import memory_bound, planning
 from pipeline.communication import Cluster, efficiency, traffic
 from pipeline.devices import cores
 from pipeline.footprint import footprint
@@ -144,7 +144,7 @@ def _efficiencies(
     sent = traffic(
         model.shape, topology=memory.topology, devices=hardware.count,
         accumulation=memory.accumulation,
-        reduce_bytes=planning.HALF if recipe.reduce_dtype == "bf16" else planning.FP32,
+        reduce_bytes=memory_bound.HALF if recipe.reduce_dtype == "bf16" else memory_bound.FP32,
     )  # fmt: skip
     flops = planning.training_flops(model.shape, recipe.data.block_size)
     seconds = recipe.tokens_per_update * flops / hardware.rate(recipe.precision)

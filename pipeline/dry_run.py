@@ -114,7 +114,7 @@ def labels(trainer: PretrainingTrainer) -> Finding:
             said = f"in row {joined[0][0]} a document is not apart from the one before"
             return Finding(name, said, anew)
     targets = ids[:, 1:].masked_fill(~is_label[:, 1:], NO_LABEL)
-    given, nats = trainer._prepare_inputs(batch), 0.0
+    given, nats = trainer.batch(train, indices), 0.0
     with trainer.untouched(in_fp32=True) as model, torch.no_grad():
         loss = model(**given).loss.item()
         for n in indices:  # the logits of one row at a time
@@ -139,10 +139,10 @@ def gradient(trainer: PretrainingTrainer) -> Finding:
     For one process, before DDP or FSDP2 has its hooks in the model.
     """
     train, name = trainer.train_dataset, "gradient"
-    batch = train.__getitems__(list(range(min(len(train), rows_at_once(trainer)))))
+    batch = trainer.batch(train, range(min(len(train), rows_at_once(trainer))))
     # fp16 overflows without the scaler that training has.
     with trainer.untouched(in_fp32=trainer.recipe.precision == "fp16") as model:
-        loss = model(**trainer._prepare_inputs(batch)).loss
+        loss = model(**batch).loss
         if loss.requires_grad:
             loss.backward()
         norms = {
@@ -249,7 +249,7 @@ def evaluation_seconds(trainer: PretrainingTrainer) -> float:
     """Return how long one evaluation takes, by a batch of held-out rows."""
     rows = trainer.eval_dataset
     count = min(len(rows), rows_at_once(trainer))
-    batch = trainer._prepare_inputs(rows.__getitems__(list(range(count))))
+    batch = trainer.batch(rows, range(count))
     with trainer.untouched() as model, torch.no_grad():
         for _ in range(2):  # the first one is slower
             started = time.perf_counter()

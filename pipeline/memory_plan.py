@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipeline import peak_memory, planning
 from pipeline.accumulation import share_of_update
+from pipeline.batch_memory import KEPT_FREE, Batch
 from pipeline.hardware import Hardware
 from pipeline.model_shape import PlannedModel
 from pipeline.recipe import InputError, Recipe
@@ -49,58 +49,6 @@ class MemoryPlan(NamedTuple):
     notes: list[str]
 
 
-class Batch(NamedTuple):
-    """What decides how much memory a batch takes, but for its rows."""
-
-    model: PlannedModel
-    block_size: int
-    precision: str
-    topology: str
-    devices: int
-    kind: str
-    is_accumulating: bool
-    is_checkpointed: bool
-    is_blockwise: bool
-    optimizer: str
-    is_compiled: bool
-    is_saving: bool
-
-    def held(self, rows: int) -> tuple[str | None, dict[str, int]]:
-        """Return what a batch of so many rows takes of each device: its peak, and in which phase of
-        an update, on a CPU, where that was measured; else None and a bound.
-        """
-        batch: dict[str, Any] = {
-            "rows": rows, "block_size": self.block_size, "precision": self.precision,
-            "optimizer": self.optimizer, "is_accumulating": self.is_accumulating,
-            "is_checkpointed": self.is_checkpointed, "is_blockwise": self.is_blockwise,
-        }  # fmt: skip
-        shape, phase = self.model.shape, None
-        if self.kind == "cpu" and self.topology == "none":
-            phase, parts = peak_memory.peak(
-                shape, kind="cpu", is_compiled=self.is_compiled, is_saving=self.is_saving, **batch
-            )
-        else:
-            parts = planning.memory_by_part(
-                shape, topology=self.topology, devices=self.devices,
-                device="cpu" if self.kind == "cpu" else "cuda", **batch,
-            )  # fmt: skip
-        # What does not learn has neither gradient nor averages.
-        learning = self.model.trained / self.model.parameters
-        states = ("gradients", "optimizer", "checkpoint") if learning < 1 else ()
-        return phase, parts | {n: round(parts[n] * learning) for n in states if n in parts}
-
-    def peak_bytes(self, rows: int) -> int:
-        """Return what it takes together."""
-        return sum(self.held(rows)[1].values())
-
-    def largest_rows(self, usable_bytes: float) -> int:
-        """Return the largest power of two of rows that fits, or 0."""
-        rows = 1
-        while self.peak_bytes(rows) <= usable_bytes and rows < 2**20:
-            rows *= 2
-        return rows // 2
-
-
 def memory_plan(
     recipe: Recipe, model: PlannedModel, hardware: Hardware, *, topology: str | None = None
 ) -> MemoryPlan:
@@ -128,22 +76,25 @@ def memory_plan(
         share = recipe.tokens_per_update / (recipe.data.block_size * devices)
         rows = min(wanted, max(1, math.floor(share)))
         accumulation = max(1, math.ceil(share / rows))
-    usable = device.memory_bytes * (1 - planning.KEPT_FREE)
+    usable = device.memory_bytes * (1 - KEPT_FREE)
     tried: list[Batch] = []
     for name in _topologies(recipe, topology, devices):
         batch = Batch(
-            model, recipe.data.block_size, precision, name, devices,
-            device.kind, accumulation > 1,
-            bool(recipe.training.get("gradient_checkpointing")), is_blockwise(recipe, device.kind),
-            recipe.optimizer.name, bool(recipe.training.get("torch_compile")),
-            recipe.training.get("save_strategy", "steps") != "no",
+            model.shape, recipe.data.block_size, precision, name, devices, device.kind,
+            recipe.optimizer.name, model.trained / model.parameters,
+            is_accumulating=accumulation > 1,
+            is_checkpointed=bool(recipe.training.get("gradient_checkpointing")),
+            is_blockwise=is_blockwise(recipe, device.kind),
+            is_compiled=bool(recipe.training.get("torch_compile")),
+            is_saving=recipe.training.get("save_strategy", "steps") != "no",
         )  # fmt: skip
         tried.append(batch)
         if batch.peak_bytes(rows) <= usable:
             break
-    else:  # one in which a smaller batch fits
-        batch = next((one for one in tried if one.largest_rows(usable)), tried[0])
-    largest = batch.largest_rows(usable)
+    else:  # one in which a smaller batch fits, of which an update has several
+        tried = [one._replace(is_accumulating=True) for one in tried]
+        batch = next((one for one in tried if one.largest_rows(device.memory_bytes)), tried[0])
+    largest = batch.largest_rows(device.memory_bytes)
     if not largest:
         raise InputError(_nothing_fits(recipe, batch, hardware, usable))
     phase, parts = batch.held(rows)

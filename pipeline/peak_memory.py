@@ -1,26 +1,22 @@
 """The most memory that a training process holds, and in which phase of an update it does.
 
-`pipeline.planning.memory_by_part` bounds it from above, for its parts are not all there at the same
-time. Here the parts of each phase stand together. Allocations come out within 5 % of what PyTorch's
-profiler counts on a CPU, and whole processes mostly within 10 % of what the kernel says
+`pipeline.memory_bound` bounds it from above, for its parts are not all there at the same time. Here
+the parts of each phase stand together. Allocations come out within 5 % of what PyTorch's profiler
+counts on a CPU, and whole processes mostly within 10 % of what the kernel says
 (`tests/benchmarks/plan_accuracy.py`); on a GPU nothing was measured.
 """
 
 from typing import NamedTuple
 
-from pipeline.planning import (
+from pipeline.memory_bound import (
     FP32,
     HALF,
-    KEPT_FREE,
-    QUERIES,
-    Shape,
     activation_bytes,
     loss_bytes,
     optimizer_bytes,
-    parameters,
-    parameters_by_part,
     product_bytes,
 )
+from pipeline.planning import QUERIES, Shape, parameters, parameters_by_part
 
 # A process on a CPU without its tensors, as measured (torch 2.13, Linux): interpreter and libraries
 # 540 MB, text, tokenizer and rows 120 to 150, Trainer and what the first update loads 40.
@@ -85,27 +81,6 @@ def peak(
             "process": int(PROCESS_BYTES + COMPILER_BYTES * is_compiled),
         }
     return Peak(phase, parts)
-
-
-def most_rows(shape: Shape, *, memory_bytes: float, **asked: object) -> int:
-    """Return the most rows that a batch can have where so much memory is there, or 0.
-
-    Any number, not a power of two alone; a tenth of the memory is kept free.
-
-    Args:
-        asked: as for `peak`, without rows.
-    """
-    usable, fitting, beyond = memory_bytes * (1 - KEPT_FREE), 0, 1
-
-    def fits(rows: int) -> bool:
-        return peak(shape, rows=rows, **asked).total <= usable
-
-    while fits(beyond):
-        fitting, beyond = beyond, 2 * beyond
-    while beyond - fitting > 1:
-        middle = (fitting + beyond) // 2
-        fitting, beyond = (middle, beyond) if fits(middle) else (fitting, middle)
-    return fitting
 
 
 def _phases(

@@ -97,7 +97,7 @@ class PretrainingTrainer(TrialTrainer):
             block_size=recipe.data.block_size,
         )  # fmt: skip
         try:
-            self._meter = Meter(
+            self.meter = Meter(
                 flops, precision=recipe.precision, device=arguments.device,
                 world_size=arguments.world_size,
             )  # fmt: skip
@@ -158,7 +158,7 @@ class PretrainingTrainer(TrialTrainer):
 
     def result(self, blocks: dict[str, Rows]) -> tuple[dict[str, Any], str]:
         """Return the run's numbers, held-out ones measured on the saved folder, and a sample."""
-        meters = self._meter.read(self._spent["tokens_per_second"])  # before the final measuring
+        meters = self.meter.read(self._spent["tokens_per_second"])  # before the final measuring
         with self._watchdog:
             metrics, sample = measured(
                 self.recipe, self.args, self._processes, blocks, self.processing_class,
@@ -180,8 +180,8 @@ class PretrainingTrainer(TrialTrainer):
             "train_seconds": self._spent["train_seconds"],
             "compile_seconds": self._spent["compile_seconds"],
             **meters,
-            "product_rate_flops": self._meter.product_rate,
-            "flops_per_token": self._meter.flops_per_token,
+            "product_rate_flops": self.meter.product_rate,
+            "flops_per_token": self.meter.flops_per_token,
             "data_wait_fraction": self._spent["data_wait_fraction"],
             "logging_fraction": self._spent["logging_fraction"],
             "evaluation_seconds": self._spent["evaluation_seconds"],
@@ -225,7 +225,7 @@ class PretrainingTrainer(TrialTrainer):
                 # By the training text's average: counting each window's bytes would cost a sync.
                 logs["bits_per_byte"] = bits_per_byte(logs["loss"], self._bytes_per_token)
                 logs |= self._clock.since_last(step)
-                logs |= self._meter.read(logs["tokens_per_second"])
+                logs |= self.meter.read(logs["tokens_per_second"])
                 if self.recipe.guards.skip_spikes:
                     logs["skipped_updates"] = self._notices.skipped
                 if not self._has_logged_compilation:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,10 @@ class OneBatch(torch.utils.data.Dataset):
 
 class TrialTrainer(EvaluatingTrainer):
     """The same, which can be tried out."""
+
+    def batch(self, rows: Rows, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        """Return some rows on the run's device."""
+        return self._prepare_inputs(rows.__getitems__(list(indices)))
 
     @contextlib.contextmanager
     def untouched(self, *, in_fp32: bool = False) -> Iterator[torch.nn.Module]:

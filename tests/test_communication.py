@@ -3,6 +3,7 @@
 import pytest
 from conftest import ROOT
 
+from pipeline.batch_memory import Batch
 from pipeline.communication import (
     CLUSTERS,
     Cluster,
@@ -13,7 +14,8 @@ from pipeline.communication import (
     tokens_for,
     traffic,
 )
-from pipeline.planning import SIZES, Shape, fitting, largest_rows, memory_by_part
+from pipeline.memory_bound import memory_by_part
+from pipeline.planning import SIZES, Shape
 
 SMALL, COUNT, ENDS = SIZES["124M"], 124_439_808, (50257 + 1024) * 768
 CLUSTER = Cluster(between=10.0, inside=100.0, devices_per_node=8, attained=0.5)
@@ -195,13 +197,18 @@ def sharded(rows: int, batches: int) -> list[str]:
 def topology(size: str, devices: int) -> list[str]:
     """Return a row: the config that fits, and the rows that its batch can have."""
 
+    batches = [
+        Batch(SIZES[size], BLOCK, topology=name, devices=devices)
+        for name in (("ddp", "fsdp2") if devices > 1 else ("none",))
+    ]
+
     def cell(gigabytes: int) -> str:
-        asked = {"devices": devices, "memory_bytes": gigabytes * 1e9, "block_size": BLOCK}
-        config = fitting(SIZES[size], rows=4, **asked) or fitting(SIZES[size], rows=1, **asked)
-        if config is None:
-            return "–"
-        kind = "none" if config == "single_gpu" else config
-        return f"`{config}`, {largest_rows(SIZES[size], topology=kind, **asked)}"
+        rows = {batch.topology: batch.largest_rows(gigabytes * 1e9) for batch in batches}
+        for least in (4, 1):  # the config that sends least of those in which so many rows fit
+            for topology, most in rows.items():
+                if most >= least:
+                    return f"`{'single_gpu' if topology == 'none' else topology}`, {most}"
+        return "–"
 
     return [size, str(devices), *map(cell, (16, 24, 40, 80, 141))]
 

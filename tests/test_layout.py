@@ -31,6 +31,8 @@ WITHOUT_TORCH = (
     "space",
     "planning",
     "peak_memory",
+    "memory_bound",
+    "batch_memory",
     "devices",
     "hardware",
     "scaling_laws",

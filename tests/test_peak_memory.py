@@ -14,7 +14,7 @@ from conftest import ROOT
 from pipeline import optimizer, peak_memory
 from pipeline.model import build_model
 from pipeline.optimizer import muon
-from pipeline.peak_memory import most_rows, peak
+from pipeline.peak_memory import peak
 from pipeline.planning import SIZES, Shape, parameters
 from pipeline.sections import ModelSection, OptimizerSection
 
@@ -120,15 +120,6 @@ def test_on_a_gpu_only_what_is_allocated_there_counts():
     assert "checkpoint" in on_cpu and peak(SIZES["124M"], is_saving=False, **asked).parts[
         "checkpoint"
     ] == 0  # fmt: skip
-
-
-def test_the_most_rows_fit_and_one_more_does_not():
-    asked = {"block_size": 1024, "kind": "cuda"}
-    rows = most_rows(SIZES["124M"], memory_bytes=24e9, **asked)
-    held = [peak(SIZES["124M"], rows=n, **asked).total for n in (rows, rows + 1)]
-    assert rows > 32 and held[0] <= 0.9 * 24e9 < held[1]
-    assert most_rows(SIZES["124M"], memory_bytes=24e9, is_checkpointed=True, **asked) > 2 * rows
-    assert most_rows(SIZES["1558M"], memory_bytes=24e9, **asked) == 0
 
 
 @pytest.mark.slow

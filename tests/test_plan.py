@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline import plan, planning, scaling_laws
+from pipeline import memory_bound, plan, planning, scaling_laws
 from pipeline.recipe import InputError, read_recipe
 
 SMALL = str(ROOT / "recipes" / "gpt2_small.yaml")
@@ -170,7 +170,7 @@ def test_memory_is_that_of_the_topology(planned, topology):
         "--training.gradient_checkpointing", "true",
     )["memory"]  # fmt: skip
     asked = {"rows": 32, "block_size": 1024, "devices": 8, "is_checkpointed": True}
-    parts = planning.memory_by_part(planning.SIZES["124M"], topology=topology, **asked)
+    parts = memory_bound.memory_by_part(planning.SIZES["124M"], topology=topology, **asked)
     assert found["bytes_by_part"] == parts and found["peak_bytes"] == sum(parts.values())
     assert found["is_checkpointed"] and topology in planned.text
 

@@ -20,6 +20,7 @@ from pipeline.report_parts import run_parts
 from pipeline.run_folder import read_status
 from pipeline.run_record import read_run
 from pipeline.sections import CHECKS
+from pipeline.wording import storage
 
 pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 
@@ -195,11 +196,10 @@ def test_a_run_that_is_not_begun_removes_none(smoke_recipe, run_copy, said):
 
 def test_what_is_accepted_is_named_as_it_is_called(smoke_recipe):
     with pytest.raises(InputError) as caught:
-        read_recipe(smoke_recipe, {"preflight.accept": ["initial_los"]})
+        read_recipe(smoke_recipe, {"preflight.accept": ["memory", "initial_los"]})
     words = str(caught.value)
-    assert (
-        ": preflight.accept.0: input should be 'labels', " in words and "got 'initial_los'" in words
-    )
+    assert words.startswith("--preflight.accept: input should be 'labels', ")
+    assert "got 'initial_los'" in words
     assert all(f"'{name}'" in words for name in CHECKS) and "\n" not in words
     assert read_recipe(smoke_recipe, {"preflight.accept": "memory"}).preflight.accept == ["memory"]
 
@@ -210,15 +210,16 @@ def test_what_is_accepted_is_named_as_it_is_called(smoke_recipe):
 def test_a_batch_that_does_not_fit(trainer, monkeypatch):
     monkeypatch.setattr("pipeline.machine.held_memory", lambda device: 400_000_000)
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: GB)
-    least, most = cheap_checks.needed(trainer, 8)
+    batch = cheap_checks.batch_memory(trainer)
+    least, most = batch.least_bytes(8), batch.peak_bytes(8)
     assert least < most < 1.4 * GB / 0.9
     assert cheap_checks.memory(trainer).text == (
-        f"about {most / GB:.2f} GB at the most; 1.40 GB are there on cpu"
+        f"about {storage(most)} at the most; 1.40 GB are there on cpu"
     )
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: most - 400_000_000)
     assert cheap_checks.memory(trainer).text.endswith("on cpu, which may not be enough")
     monkeypatch.setattr(trainer.args, "per_device_train_batch_size", 8192)
-    room = int(cheap_checks.needed(trainer, 1024)[1] / 0.9) + 1_000 - 400_000_000
+    room = int(batch._replace(is_accumulating=True).peak_bytes(1024) / 0.9) + 1_000 - 400_000_000
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: room)
     assert cheap_checks.memory(trainer).remedy == (
         "1024 rows at once fit (--training.per_device_train_batch_size 1024, the update stays the "
@@ -227,7 +228,7 @@ def test_a_batch_that_does_not_fit(trainer, monkeypatch):
     monkeypatch.setattr(trainer.args, "per_device_train_batch_size", 8)
     monkeypatch.setattr("pipeline.machine.free_memory", lambda device: 10_000)
     finding = cheap_checks.memory(trainer)
-    assert finding.text == f"at least {least / GB:.2f} GB are needed, and 0.40 GB are there on cpu"
+    assert finding.text == (f"at least {storage(least)} are needed, and 400 MB are there on cpu")
     assert finding.remedy == (
         "not even one row at once fits: take a smaller model.config or data.block_size; "
         "--training.gradient_checkpointing true keeps less for the backward pass"

@@ -107,7 +107,8 @@ def train(updates: int) -> None:
     import torch.distributed as dist
 
     from pipeline.communication import traffic
-    from pipeline.planning import FP32, Shape, parameters
+    from pipeline.memory_bound import FP32
+    from pipeline.planning import Shape, parameters
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
