@@ -11,7 +11,7 @@ from pipeline import scaling_laws
 from pipeline.hardware import Hardware
 from pipeline.memory_plan import memory_plan
 from pipeline.model_shape import PlannedModel, planned_model
-from pipeline.options import PlanOptions
+from pipeline.plan_options import PlanOptions
 from pipeline.planning import Shape, parameters, parameters_by_part, training_flops
 from pipeline.recipe import InputError, Recipe
 from pipeline.run_plan import Plan, plan

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.command_line import enter, read_command_line
-from pipeline.options import FindOptions
+from pipeline.plan_options import FindOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from pipeline.recipe import InputError
-from pipeline.sections import CHECKS
+from pipeline.safety_sections import CHECKS
 from pipeline.terminal_curve import can_show
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.gap import Verdict
-from pipeline.sections import GuardSection
+from pipeline.safety_sections import GuardSection
 from pipeline.symptoms import (
     LEAST_LOSS_SPREAD,
     LEAST_NORM_SPREAD,

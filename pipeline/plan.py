@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.command_line import enter, read_command_line
-from pipeline.options import PlanOptions
+from pipeline.plan_options import PlanOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pipeline import budgeting, json_file, plan_text, recipe_writing
 from pipeline.hardware import Hardware, budget, hardware
-from pipeline.options import PlanOptions
+from pipeline.plan_options import PlanOptions
 from pipeline.recipe import InputError, Recipe
 from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, plan
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from pipeline.curves import COLOURS
-from pipeline.options import PlanOptions
+from pipeline.plan_options import PlanOptions
 from pipeline.planning import parameters, training_flops
 from pipeline.recipe import Recipe
 from pipeline.run_plan import Plan

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from pipeline import artifact
 from pipeline.curves import COLOURS
-from pipeline.options import FindOptions
+from pipeline.plan_options import FindOptions
 from pipeline.rate_suggestion import RULE, SMOOTHED_OVER, smoothed, suggested
 from pipeline.rate_sweep import Sweep
 from pipeline.recipe import InputError, Recipe

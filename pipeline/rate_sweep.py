@@ -20,7 +20,7 @@ from pipeline import rate_suggestion
 from pipeline.arguments import remedy
 from pipeline.guard import NonFinite
 from pipeline.model import build_model
-from pipeline.options import FindOptions
+from pipeline.plan_options import FindOptions
 from pipeline.pretrained import fetch_weights
 from pipeline.processes import Processes
 from pipeline.rate_suggestion import Point, rate_at

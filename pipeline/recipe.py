@@ -15,16 +15,14 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.known_fields import LibraryField, model_config_fields, training_fields
+from pipeline.safety_sections import FaultSection, GuardSection, PreflightSection
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
     EvaluationSection,
-    FaultSection,
     GenerationSection,
-    GuardSection,
     HubSection,
     ModelSection,
     OptimizerSection,
-    PreflightSection,
     ScheduleSection,
     Section,
     TokenizerSection,

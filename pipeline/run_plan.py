@@ -10,7 +10,7 @@ from pipeline.cost_plan import CostPlan, cost_plan
 from pipeline.hardware import Hardware
 from pipeline.memory_plan import MemoryPlan, is_blockwise, memory_plan
 from pipeline.model_shape import PlannedModel, planned_model
-from pipeline.options import PlanOptions
+from pipeline.plan_options import PlanOptions
 from pipeline.planning import flops_by_part, flops_per_token, parameters_by_part
 from pipeline.recipe import InputError, Recipe
 from pipeline.text_size import TextSize, text_size

@@ -19,7 +19,7 @@ from pipeline.optimizer import Muon
 from pipeline.recipe import InputError, read_recipe
 from pipeline.report_page import run_page
 from pipeline.run_record import read_checkpoint, read_run
-from pipeline.sections import GuardSection
+from pipeline.safety_sections import GuardSection
 
 pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
 

@@ -336,7 +336,7 @@ def test_a_ladder_without_a_recipe_is_only_fitted(planned, ladder):
         ("--mfu 0", "--mfu: input should be greater than 0"),
         ("--mfu 1.1", "--mfu: input should be less than or equal to 1"),
         ("--price_per_hour -1", "--price_per_hour: input should be greater than or equal to 0"),
-        ("--picture plan.gif", "a name that ends in .png or .svg"),
+        ("--picture plan.gif", "name a file that ends in .png, .svg, .pdf"),
         ("--picture no/where.png", "--picture no/where.png: cannot be written"),
         ("--json no/where.json", "--json no/where.json: cannot be written"),
         ("--model.config.n_head 3", "n_embd: 128 is not a multiple of n_head 3; every head has"),

@@ -19,7 +19,7 @@ from pipeline.recipe import InputError, read_recipe
 from pipeline.report_parts import run_parts
 from pipeline.run_folder import read_status
 from pipeline.run_record import read_run
-from pipeline.sections import CHECKS
+from pipeline.safety_sections import CHECKS
 from pipeline.wording import storage
 
 pytestmark = pytest.mark.usefixtures("few_objects_to_collect")

@@ -18,7 +18,7 @@ from pipeline import find_learning_rate, locks, pretrain
 from pipeline.arguments import training_arguments
 from pipeline.checkpoint import checkpoints
 from pipeline.command_line import read_command_line
-from pipeline.options import FindOptions
+from pipeline.plan_options import FindOptions
 from pipeline.processes import Processes
 from pipeline.rate_suggestion import rate_at
 from pipeline.rate_sweep import SweepingTrainer, sweeps, swept
