@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import raw_documents, sources, text_files
+from pipeline import file_search, raw_documents, sources, text_files
 from pipeline.data_sections import CleaningSection, DataSection, SourceSection
 from pipeline.file_digests import file_digests
 from pipeline.raw_documents import Shard
@@ -145,7 +145,7 @@ class Corpus:
         for split in SPLITS[1:]:
             if section.has_own(split):
                 groups.append((-SPLITS.index(split), held_out_source(section, split)))
-        files = {number: sources.find_files(source) for number, source in groups}
+        files = {number: file_search.find_files(source) for number, source in groups}
         stats = [(str(path), _stat(path)) for found in files.values() for _, path in found]
         self.size = sum(stat.st_size for _, stat in stats)
         self._digests = file_digests(stats, digests)

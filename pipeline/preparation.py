@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipeline import artifact, cleaning, locks, marks, packing, sources
+from pipeline import artifact, cleaning, file_search, locks, marks, packing
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.data_sections import CleaningSection, DataSection
@@ -144,7 +144,7 @@ def _origin(texts: Texts) -> dict[str, Any]:
     if section.streaming:
         origin["data"]["held_out_from_bytes"] = section.held_out_from_bytes
     if rules.benchmark_files:
-        names = sources.find_files(benchmarks(texts))
+        names = file_search.find_files(benchmarks(texts))
         origin["cleaning"]["benchmarks"] = artifact.fingerprint_of([path for _, path in names])
     return origin
 

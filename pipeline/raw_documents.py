@@ -20,9 +20,10 @@ import pyarrow.parquet
 
 from pipeline import completions, text_files
 from pipeline.data_sections import SourceSection
+from pipeline.file_search import COMPRESSED
 from pipeline.reach import not_loaded, see_hub
 from pipeline.recipe import InputError
-from pipeline.text_files import COMPRESSED, named_errors, not_utf8, opened, text_windows
+from pipeline.text_files import named_errors, not_utf8, opened, text_windows
 
 LONGEST_ROW = 64 << 20  # bytes of a line or of a separated document: it is in memory several times
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from pipeline import cleaning, packing, raw_documents, sources, text_files
+from pipeline import cleaning, file_search, packing, raw_documents, sources, text_files
 from pipeline.cleaning import Kept
 from pipeline.corpus import SPLITS, Corpus
 from pipeline.data_sections import CleaningSection, DataSection, SourceSection
@@ -139,7 +139,7 @@ def _forbidden(
     source = benchmarks(texts)
     encoder = Encoder(texts.tokenizer.backend_tokenizer.to_str()).open()
     if source is not None:
-        files = sources.find_files(source)
+        files = file_search.find_files(source)
         for shard in sources.shards_of(0, source, files, total_bytes=0):
             for document in raw_documents.read_shard(shard, source):
                 parts = [np.empty(0, np.uint32)]

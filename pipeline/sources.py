@@ -5,11 +5,9 @@ processes, finds the same documents in the same order.
 """
 
 import functools
-import glob
 import hashlib
 import json
 import os
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,28 +15,13 @@ from typing import Any
 import pyarrow.parquet
 
 from pipeline.data_sections import SourceSection
+from pipeline.file_search import COMPRESSED, KINDS, files_below, find_files, suffix_of
 from pipeline.raw_documents import Document, Shard, check_column, commit_of, load_hub, read_shard
 from pipeline.recipe import InputError
-from pipeline.text_files import COMPRESSED, named_errors, safe_windows, suffix_of
+from pipeline.text_files import named_errors, safe_windows
 
-STANDARD_LIBRARY = "python:stdlib"
-PACKAGES = "python:packages"
-NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 # Bounds that follow from the whole alone; between them a corpus makes about 64 shards.
 SHARD_BYTES = (16 << 20, 256 << 20)
-
-
-def find_files(source: SourceSection) -> list[tuple[str, Path]]:
-    """Return names and paths of a source's files, in a fixed order; none for a Hub data set.
-
-    Raises:
-        InputError: a file or folder is missing or empty.
-    """
-    found = []
-    for item in source.files or []:
-        found += _found(item)
-    return found
 
 
 def shards_of(
@@ -132,50 +115,12 @@ def streamed_identity(source: SourceSection) -> str:
     place = Path(source.dataset)
     found: list[Any] = [source.dataset, source.dataset_config, source.dataset_split]
     if place.is_dir():
-        for path in _below(place, set()):
+        for path in files_below(place, set()):
             stat = os.stat(path)
             found.append([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     else:
         found.append(commit_of(source))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def _found(item: str) -> list[tuple[str, Path]]:
-    if not item:
-        raise InputError("data.files: an empty name; name a file, a folder or a pattern")
-    if item in (STANDARD_LIBRARY, PACKAGES):
-        library = item == STANDARD_LIBRARY
-        root = Path(sysconfig.get_path("stdlib" if library else "purelib"))
-        left_out = NOT_THE_LIBRARY if library else {"__pycache__"}
-        paths = _below(root, left_out, ".py")
-        if not paths:
-            raise InputError(f"{item}: no .py file in {root}")
-        return [(path[len(str(root)) + 1 :], Path(path)) for path in paths]
-    path = Path(item)
-    if path.is_dir():
-        found = [p for p in map(Path, _below(path, set())) if suffix_of(p) in KINDS]
-        remedy = f"for other files give a pattern, such as '{item}/**/*.md'"
-    elif path.exists():
-        if path.stat().st_size == 0:
-            raise InputError(f"{item}: the file is empty; give one with text")
-        found = [path]
-    else:
-        found = [Path(p) for p in sorted(glob.glob(item, recursive=True))]
-        found = [p for p in found if p.is_file()]
-        remedy = f"looked in {Path.cwd()}"
-    if not found:
-        kind = "no .txt, .jsonl, .csv or .parquet in this folder"
-        raise InputError(f"{item}: {kind if path.is_dir() else 'no such file'}; {remedy}")
-    return [(str(path), path) for path in found]
-
-
-def _below(root: Path, left_out: set[str], ending: str = "") -> list[str]:
-    """Return the files below a folder that end so, in the order of their parts."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out]
-        found += [f"{folder}/{name}" for name in files if name.endswith(ending)]
-    return sorted(found, key=lambda path: path.split("/"))
 
 
 def kind_of(path: Path, source: SourceSection) -> str:

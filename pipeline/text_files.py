@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from pipeline.file_search import COMPRESSED, suffix_of
 from pipeline.recipe import InputError, first_line
 
-COMPRESSED = (".gz", ".zst")
 WINDOW = 1 << 20  # bytes of a text file in memory at once
 # White space after something else. What Python calls white space besides Unicode's (0x1c to 0x1f)
 # is none for a tokenizer.
@@ -69,11 +69,6 @@ def _last_boundary(text: str) -> int | None:
             return end
     places = [match.start() for match in BOUNDARY.finditer(text)]
     return places[-1] if places else None
-
-
-def suffix_of(path: Path) -> str:
-    """Return the ending that says what a file is, .gz and .zst taken off."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from pipeline import artifact
 from pipeline.data_sections import SourceSection
+from pipeline.file_search import find_files
 from pipeline.recipe import Recipe
 
 # Bytes of text that a token of a trained byte-level BPE holds, by its entries: measured on files of
@@ -106,8 +107,6 @@ def _estimated(source: SourceSection, vocabulary: int) -> tuple[float | None, st
         if (source.dataset, config) in KNOWN_TOKENS:
             return KNOWN_TOKENS[source.dataset, config], f"the card of {source.dataset}"
         return None, f"known when prepared: {source.dataset} is not looked up on the Hub"
-    from pipeline.sources import find_files  # pyarrow: a fifth of a second
-
     files = find_files(source)
     if packed := next((path for _, path in files if path.suffix in PACKED), None):
         return None, f"known when prepared: {packed.name} is compressed"

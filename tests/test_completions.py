@@ -19,10 +19,11 @@ from pipeline import prepare_data
 from pipeline.completions import CHAT_TEMPLATE, COLUMNS, Example, example_of
 from pipeline.data_sections import DataSection, SourceSection
 from pipeline.encoder import Encoder
+from pipeline.file_search import find_files
 from pipeline.marks import PREDICTED, ExampleEncoder, bare
 from pipeline.raw_documents import read_shard
 from pipeline.recipe import InputError, read_recipe
-from pipeline.sources import find_files, shards_of
+from pipeline.sources import shards_of
 
 ODD = (
     "\u3000 The\u00a0model \n\n",

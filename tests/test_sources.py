@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline import raw_documents, sources, text_files
+from pipeline import file_search, raw_documents, sources, text_files
 from pipeline.corpus import Corpus
 from pipeline.recipe import DataSection, InputError, SourceSection
 from pipeline.text_files import read_text, safe_windows
@@ -33,7 +33,7 @@ def source_of(*files, **values):
 
 
 def shards_of(source):
-    files = sources.find_files(source)
+    files = file_search.find_files(source)
     size = sum(path.stat().st_size for _, path in files)
     return sources.shards_of(0, source, files, total_bytes=size)
 
@@ -619,7 +619,7 @@ def test_a_folder_cannot_be_read_as_text(tmp_path):
 
 
 def test_the_installed_packages_are_a_source():
-    found = sources.find_files(SourceSection(files=["python:packages"]))
+    found = file_search.find_files(SourceSection(files=["python:packages"]))
     names = [name for name, _ in found]
     assert "pyarrow/__init__.py" in names and "datasets/config.py" in names
     assert all(name.endswith(".py") and "__pycache__" not in name for name in names)
