@@ -21,6 +21,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 
+
 WORDS = (
     "the a model reads text and learns what comes next from what came before it loss falls when "
     "tokens repeat in rows of ids that a tokenizer cut with bytes and merges whole gradient steps "
@@ -40,6 +41,13 @@ def make_texts(count: int = 40, seed: int = 0) -> list[str]:
         ]
         texts.append("".join(sentences))
     return texts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_objects_to_collect():
+    """Each training run begins with a collection; what was imported by then is left out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -137,12 +145,3 @@ def browser():
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root cannot have
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=found, args=arguments)
-
-
-@pytest.fixture(scope="module")
-def few_objects_to_collect():
-    """Each run begins with a collection over everything that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()

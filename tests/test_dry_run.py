@@ -24,8 +24,6 @@ from pipeline.recipe import InputError
 from pipeline.row_text import as_text
 from pipeline.trial import OneBatch
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
 LINES = [
     "recipe", "resume", "rows", "labels", "initial_loss", "gradient", "schedule", "memory", "disk",
     "tokens", "overfitting", "speed", "evaluation",

@@ -18,9 +18,6 @@ from pipeline.trainer import PretrainingTrainer
 NAN, INF = math.nan, math.inf
 
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
-
 # -- the look -------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,6 @@ from pipeline.report_page import run_page
 from pipeline.run_record import read_checkpoint, read_run
 from pipeline.safety_sections import GuardSection
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
-
 # -- by table -------------------------------------------------------------------------------------
 
 

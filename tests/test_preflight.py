@@ -22,8 +22,6 @@ from pipeline.run_record import read_run
 from pipeline.safety_sections import CHECKS
 from pipeline.wording import storage
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
 GB = 10**9
 
 

@@ -25,8 +25,6 @@ from pipeline.rate_sweep import SweepingTrainer, sweeps, swept
 from pipeline.recipe import InputError
 from pipeline.run_files import STATUS
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
 SHORT = ("--updates", "48", "--seeds", "1")
 
 

@@ -27,9 +27,6 @@ from pipeline.lr_schedule import schedule
 from pipeline.recipe import InputError, Recipe, read_recipe
 from pipeline.row_order import PLACES_AT_ONCE, RowOrder
 
-pytestmark = pytest.mark.usefixtures("few_objects_to_collect")
-
-
 # -- the tables -----------------------------------------------------------------------------------
 
 
