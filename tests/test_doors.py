@@ -165,7 +165,8 @@ def test_a_run_with_documents_apart_is_measured_as_it_was_trained(
         assert found[name] == metrics[f"eval_{name}"]
 
 
-@pytest.mark.parametrize("how", ["python", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["python", "accelerate"])
 def test_as_typed(smoke_recipe, tmp_path, how):
     start = [sys.executable]
     if how == "accelerate":

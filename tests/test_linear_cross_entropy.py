@@ -382,7 +382,8 @@ def test_on_a_gpu_it_takes_less_memory_than_the_logits():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_as_one_graph_it_is_the_same(short_chunks, backend, mixed):
     torch._dynamo.reset()
     given = tensors(70, 1000, ignored=[0, 40])

@@ -443,6 +443,7 @@ def test_checkpoints_that_were_never_offered_are_sent_by_the_next_start(
     assert server.titles(NAME, "step-000000010")[-1].startswith("After 10")
 
 
+@pytest.mark.slow
 def test_the_printed_command_sends_what_a_stopped_run_could_not(
     server, smoke_recipe, tmp_path, monkeypatch, capsys
 ):

@@ -162,6 +162,7 @@ def test_a_loss_that_is_not_finite_ends_a_sweep(run_copy, corpus_folder, tmp_pat
     assert "no suggestion: the loss never falls by more than its scatter; begin lower" in said
 
 
+@pytest.mark.slow
 def test_a_stream_has_a_ring_of_its_own(smoke_recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.preparation.TOKENS_PER_SEGMENT", 32)
     ring = tmp_path / "_ring"
@@ -176,6 +177,7 @@ def test_a_stream_has_a_ring_of_its_own(smoke_recipe, tmp_path, monkeypatch, cap
     assert len(found_in(tmp_path)["sweeps"][0]["losses"]) > 30
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_has_its_own_words(finished_run, corpus_folder, tmp_path, capsys):
     given = fine_tuning(finished_run, corpus_folder, tmp_path)
     find_learning_rate.main([*given, "--model.lora_r", "4"])
