@@ -26,6 +26,8 @@ from pipeline.wording import duration, short, storage
 BELOW, ABOVE = 0.15, 0.5
 # Tokens on which a loss is looked at: its mean then varies by a hundredth.
 TOKENS = 2048
+# What costs more than a moment to see.
+OF_A_DRY_RUN = ("labels", "gradient", "overfitting")
 # Evaluations that cost more than the training are a mistake, as far as a person waits for it.
 EVALUATION_SHARE, EVALUATION_SECONDS = 0.5, 60.0
 
@@ -50,7 +52,7 @@ def beginning(trainer: PretrainingTrainer, found: Path | None, *, is_finished=Fa
     if is_finished:
         return Finding("resume", f"the run has finished: after {updates:,} updates nothing is left")
     if found is None:
-        said = f"fresh: {trainer.args.output_dir} holds no checkpoint to go on from"
+        said = "fresh: it begins with update 1"
     else:
         said = f"goes on from {found}, after update {step_of(found):,} of {updates:,}"
     return Finding("resume", said)
@@ -181,13 +183,23 @@ def evaluation(trainer: PretrainingTrainer, found: Path | None) -> Finding:
     training = left * trainer.recipe.tokens_per_update * per_token
     each = trainer.evaluated_tokens * per_token / 3  # forward alone
     rate = trainer.meter.product_rate * trainer.args.world_size
+    how = f"by their products{uncounted(trainer)}"
     return judged_evaluation(
-        trainer.evaluations_left(step_of(found)), each, training, seconds=each / rate
+        trainer.evaluations_left(step_of(found)), each, training, seconds=each / rate, how=how
     )
 
 
+def uncounted(trainer: PretrainingTrainer) -> str:
+    """Return what besides held-out text is looked at while training and costs time as well."""
+    have = {
+        "samples": trainer.recipe.generation.prompts, "tasks": trainer.recipe.evaluation.tasks,
+    }  # fmt: skip
+    named = " and ".join(name for name, given in have.items() if given)
+    return f", {named} not counted" if named else ""
+
+
 def judged_evaluation(
-    count: int, each: float, training: float, *, seconds: float, how: str = "by their products"
+    count: int, each: float, training: float, *, seconds: float, how: str
 ) -> Finding:
     """Judge what evaluations cost against the training: see `EVALUATION_SHARE`.
 

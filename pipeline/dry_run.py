@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,6 +42,9 @@ FALL, UPDATES, WARMUP = 0.5, 200, 5
 SECONDS_TO_LEARN = 60.0
 # Updates timed after the first one: as many and as long at least; none if that takes too long.
 TIMED_UPDATES, TIMED_SECONDS, MOST_SECONDS = 3, 1.5, 30.0
+# Batches timed for an evaluation after the first one, unless that takes as long: of 40 with other
+# work beside them the slowest took ten times the quickest.
+TIMED_BATCHES = 10
 # The model's loss against one from its logits, both fp32: they add up in another order.
 RELATIVE = 1e-4
 ROWS_SHOWN = 2
@@ -68,23 +72,39 @@ def look(trainer: PretrainingTrainer, run: Run, pusher: Pusher, options: Pretrai
     see(told(lambda: cheap_checks.initial_loss(trainer)))
     see(told(lambda: gradient(trainer)))
     see(told(lambda: learning_rate(trainer, step_of(begin))))
-    see(told(lambda: cheap_checks.memory(trainer)))
+    memory = told(lambda: cheap_checks.memory(trainer))
+    see(memory)
     see(told(lambda: cheap_checks.disk(trainer, begin)))
     see(told(lambda: cheap_checks.tokens(trainer)))
-    per_evaluation = told(lambda: evaluation_seconds(trainer))  # before the weights are divided
+    if memory.mark(accept) == "fails":
+        for name in ("overfitting", "speed"):
+            see(Finding(name, "not tried: the memory does not suffice", is_judged=False))
+        see(told(lambda: cheap_checks.evaluation(trainer, begin)))
+    else:
+        _try(trainer, begin, see)
+    if trainer.recipe.training.get("push_to_hub"):
+        see(told(lambda: hub(pusher)))
+    logger.info("  seen in %s; nothing is trained", duration(time.perf_counter() - started))
+    told(lambda: findings.judge(seen, accept))
+
+
+def _try(trainer: PretrainingTrainer, begin: Path | None, see: Callable[[Finding], None]) -> None:
+    """See what real updates show."""
+    # Before the weights are divided.
+    per_evaluation = trainer.processes.told(lambda: evaluation_seconds(trainer), patiently=True)
     try:
         learnt, of_one_batch = overfitting(trainer)
         see(learnt)
         for finding in times(trainer, begin, per_evaluation, of_one_batch):
             see(finding)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if sentence := remedy(error, trainer.recipe, trainer.args):
+        sentence = remedy(error, trainer.recipe, trainer.args)
+        if sentence is None:
+            raise
+        if trainer.processes.count > 1:  # the others wait for this one
             raise InputError(sentence) from None
-        raise
-    if trainer.recipe.training.get("push_to_hub"):
-        see(told(lambda: hub(pusher)))
-    logger.info("  seen in %s; nothing is trained", duration(time.perf_counter() - started))
-    told(lambda: findings.judge(seen, accept))
+        said, _, way_out = sentence.partition("; ")
+        see(Finding("speed", said, way_out or "take a smaller batch or model"))
 
 
 def rows(trainer: PretrainingTrainer) -> Finding:
@@ -246,16 +266,17 @@ def judged_losses(
 
 
 def evaluation_seconds(trainer: PretrainingTrainer) -> float:
-    """Return how long one evaluation takes, by a batch of held-out rows."""
+    """Return how long one evaluation takes, by a batch of held-out rows: the quickest of a few."""
     rows = trainer.eval_dataset
-    count = min(len(rows), rows_at_once(trainer))
-    batch = trainer.batch(rows, range(count))
+    at_once = max(1, cheap_checks.TOKENS // rows.block_size)
+    count = min(len(rows), trainer.args.eval_batch_size, at_once)
+    batch, seconds = trainer.batch(rows, range(count)), []
     with trainer.untouched() as model, torch.no_grad():
-        for _ in range(2):  # the first one is slower
+        while len(seconds) < 2 or len(seconds) <= TIMED_BATCHES and sum(seconds) < TIMED_SECONDS:
             started = time.perf_counter()
             model(**batch).loss.item()
-            seconds = time.perf_counter() - started
-    each = seconds / (count * rows.block_size) / trainer.processes.count
+            seconds.append(time.perf_counter() - started)
+    each = min(seconds) / (count * rows.block_size) / trainer.processes.count
     return trainer.evaluated_tokens * each
 
 
@@ -297,7 +318,11 @@ def times(
     return [
         speed,
         judged_evaluation(
-            evaluations, per_evaluation, training, seconds=per_evaluation, how="as measured"
+            evaluations,
+            per_evaluation,
+            training,
+            seconds=per_evaluation,
+            how="as measured" + cheap_checks.uncounted(trainer),
         ),
     ]
 

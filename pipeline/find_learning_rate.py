@@ -6,10 +6,12 @@ python pipeline/find_learning_rate.py --config recipes/quickstart.yaml
 import sys
 from collections.abc import Sequence
 
+from pipeline import interruption
 from pipeline.command_line import enter, read_command_line
 from pipeline.plan_options import FindOptions
 
 
+@interruption.heeded()
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the recipe, sweep with each seed, draw the sweeps, say what they suggest."""
     recipe, options = read_command_line(argv, FindOptions, doc=__doc__)
@@ -26,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_model(recipe.model, block_size=recipe.data.block_size)
     processes = Processes(arguments)
     folder = recipe.output_dir / rate_sweep.PLACE
-    with locks.held(folder, is_main_process=processes.is_main):
+    with (
+        interruption.told("nothing but the folder learning_rate is touched"),
+        locks.held(folder, is_main_process=processes.is_main),
+    ):
         sweeps = rate_sweep.sweeps(recipe, arguments, options, processes)
         if processes.is_main:
             found = rate_report.findings(sweeps, recipe, arguments, options)

@@ -53,7 +53,8 @@ def say(finding: Finding, accept: Collection[str]) -> None:
         said += " (accepted: preflight.accept)"
     lines = _wrapped(said, head, width)
     if mark == "fails":
-        lines += _wrapped(f"{finding.remedy}{_way_out(finding)}", " " * (NAME + 2), width)
+        remedy = f"{finding.remedy}{_way_out([finding], accept)}"
+        lines += _wrapped(remedy, " " * (NAME + 2), width)
     if finding.shown:
         lines.append(textwrap.indent(finding.shown, "  "))
     text = "\n".join(lines)
@@ -68,8 +69,8 @@ def judge(findings: Collection[Finding], accept: Collection[str]) -> None:
     """
     failing = [finding for finding in findings if finding.mark(accept) == "fails"]
     if failing:
-        said = "; ".join(f"{f.name}: {f.text}; {f.remedy}{_way_out(f)}" for f in failing)
-        raise InputError(f"preflight: {said}")
+        said = "; ".join(f"{f.name}: {f.text}; {f.remedy}" for f in failing)
+        raise InputError(f"preflight: {said}{_way_out(failing, accept)}")
 
 
 def as_seen(findings: Collection[Finding], accept: Collection[str]) -> dict[str, dict[str, str]]:
@@ -77,10 +78,12 @@ def as_seen(findings: Collection[Finding], accept: Collection[str]) -> dict[str,
     return {f.name: {"mark": f.mark(accept), "finding": f.text} for f in findings}
 
 
-def _way_out(finding: Finding) -> str:
-    if finding.name not in CHECKS:
+def _way_out(failing: Collection[Finding], accept: Collection[str]) -> str:
+    names = [finding.name for finding in failing]
+    if any(name not in CHECKS for name in names):
         return ""
-    return f", or accept it with --preflight.accept {finding.name}"
+    what = "it" if len(names) == 1 else "them"
+    return f", or accept {what} with --preflight.accept {' '.join([*accept, *names])}"
 
 
 def _wrapped(text: str, head: str, width: int) -> list[str]:

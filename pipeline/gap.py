@@ -57,8 +57,10 @@ def verdict(history: list[dict[str, Any]], *, keeps_best: bool = False) -> Verdi
         gap += f", {abs(difference):.4f} {side} the training loss around it ({last.training:.4f})"
     if len(points) == 1:
         if last.training is not None and last.training < (1 - LARGE_GAP) * last.held_out:
-            return _overfitting(
-                f"{gap}. One evaluation shows no trend, but so wide a gap is overfitting"
+            return Verdict(
+                "unknown",
+                f"{gap}. One evaluation shows no trend; so wide a gap is overfitting, or held-out "
+                "text of another kind.",
             )
         return Verdict("unknown", f"{gap}. One evaluation shows no trend.")
     if last.held_out > best.held_out * (1 + NOISE):

@@ -7,12 +7,15 @@ instance: it ends the process at a second signal, and when the time that was gra
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -135,6 +138,16 @@ def _let_go_in_a_forked_process() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_a_forked_process)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """If the block is asked to stop, say so, and what that means."""
+    try:
+        yield
+    except Preempted as why:
+        logger.info("\nstopped (%s); %s", why, what)
+        raise
 
 
 def ignore() -> None:

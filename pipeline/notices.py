@@ -12,8 +12,8 @@ from pipeline.symptoms import (
     LEAST_NORM_SPREAD,
     Score,
     beside_guessing,
-    causes,
     enough,
+    listed,
     score,
     typical,
 )
@@ -156,7 +156,7 @@ class Notices:
         if times & (times - 1):
             return
         head = f"update {step}: again, " if times > 1 else f"update {step}: "
-        sentence = f"{head}{seen}\n  likely, in this order: {causes(name)}"
+        sentence = f"{head}{seen}\n  likely, in this order:{listed(name)}"
         self._tell({"notice": name, "update": step, "seen": seen}, sentence)
 
 

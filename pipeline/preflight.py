@@ -54,5 +54,8 @@ def _look(trainer: PretrainingTrainer, found: Path | None) -> None:
     see(cheap_checks.disk(trainer, found))
     see(cheap_checks.tokens(trainer))
     see(cheap_checks.evaluation(trainer, found))
+    for name in accept:
+        if name in cheap_checks.OF_A_DRY_RUN:
+            see(Finding(name, "not looked at but by --dry_run", "see it there"))
     trainer.seen = findings.as_seen(seen, accept)
     findings.judge(seen, accept)

@@ -31,7 +31,7 @@ LIMITS_PRETRAINED = (
     "below the one at which the training loss falls most; take this one for the upper end"
 )
 ABOVE = 1.1  # times its first value: then it rose, and did not only scatter
-WIDTH = 88  # columns of a sentence
+WIDTH = 79  # columns of a sentence
 
 
 def check_target(path: str | None) -> None:
@@ -123,8 +123,8 @@ def table(found: dict[str, Any]) -> str:
     times = f"{_factor(ratio)} times" if ratio >= 1 else f"1/{_factor(1 / ratio)} of"
     lines += [
         f"learning rate    {_rate(rate)}   {seeds if count > 1 else 'one seed'}",
-        f"the recipe says  {_rate(stated)}   {times} that, {where} of {_rate(low)} to "
-        f"{_rate(high)} (half of the fall to lowest loss)",
+        f"the recipe says  {_rate(stated)}   {times} that, {where} of",
+        f"the range        {_rate(low)} to {_rate(high)} (half of the fall to lowest loss)",
     ]
     limits = LIMITS_PRETRAINED if found["is_pretrained"] else LIMITS
     lines += [textwrap.fill(f"({text})", WIDTH) for text in (f"rule: {RULE}", limits)]

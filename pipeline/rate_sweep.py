@@ -105,7 +105,9 @@ def sweeps(
     data: RunData | None = None
     found = []
     progress = _Progress(options, is_shown=processes.is_main)
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), contextlib.ExitStack() as stack:
+        if processes.is_main:
+            stack.callback(shutil.rmtree, ring, ignore_errors=True)
         for number in range(options.seeds):
             own = copy.copy(arguments)
             own.output_dir = str(folder)
@@ -118,8 +120,6 @@ def sweeps(
             progress.begin(number, own.seed)
             found.append(_one(recipe, own, data, options, processes, progress))
             gc.collect()  # a trainer and its parts know each other, and a model may be large
-    if processes.is_main:
-        shutil.rmtree(ring, ignore_errors=True)
     return found
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import unicodedata
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -42,10 +43,7 @@ def _row(rows: Rows, tokenizer: PreTrainedTokenizerBase, index: int) -> list[str
     if inside:  # the text around it
         place = len(_escaped(tokenizer.decode(ids[: inside[0]])))
         text = text[max(0, place - WIDTH * TEXT_LINES // 2) :]
-    lines += [
-        f"  {text[start : start + WIDTH - 2]}"
-        for start in range(0, min(len(text), (WIDTH - 2) * TEXT_LINES), WIDTH - 2)
-    ]
+    lines += [f"  {line}" for line in itertools.islice(_cut(text, WIDTH - 2), TEXT_LINES)]
     first = max(0, inside[0] - 4) if inside else 0
     predicted = [label for label in labels[1:]] + [NO_LABEL]
     if not inside and any(p != NO_LABEL for p in predicted):  # of an example the completion
@@ -74,6 +72,16 @@ def _columns(text: str) -> int:
     """Return how many columns a terminal takes for a text."""
     wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
     return len(text) + wide - sum(bool(unicodedata.combining(sign)) for sign in text)
+
+
+def _cut(text: str, columns: int) -> Iterator[str]:
+    """Yield a text in lines of so many columns."""
+    while text:
+        size = min(len(text), columns)
+        while _columns(text[:size]) > columns:
+            size -= 1
+        yield text[:size]
+        text = text[size:]
 
 
 def _escaped(text: str) -> str:

@@ -92,7 +92,10 @@ def opened(
         Preempted: the run was asked to stop.
     """
     if options.dry_run:
-        with _looked_at(recipe, options, processes) as run:
+        with (
+            interruption.told("nothing was trained"),
+            _looked_at(recipe, options, processes) as run,
+        ):
             yield run
         return
     folder, is_main = recipe.output_dir, processes.is_main

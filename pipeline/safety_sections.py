@@ -1,10 +1,10 @@
 """The sections of a recipe about what can go wrong: before a run, while it trains, at its end."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.sections import Section
+from pipeline.sections import Section, at_commas
 
 
 class FaultSection(Section):
@@ -65,3 +65,9 @@ class PreflightSection(Section):
 
     accept: list[Literal[CHECKS]] = Field(default_factory=list)
     """Checks that may fail: the run begins all the same, and its report says so."""
+
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _names_at_commas(cls, values: Any) -> Any:
+        is_text = isinstance(values, list) and all(isinstance(value, str) for value in values)
+        return at_commas(values) if is_text else values

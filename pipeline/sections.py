@@ -51,12 +51,13 @@ def _greedy_or_not_tiny(value: float) -> float:
     return value
 
 
-def _at_commas(values: list[str]) -> list[str]:
+def at_commas(values: list[str]) -> list[str]:
+    """Return names of which several may stand in one text, with commas between them."""
     names = [name.strip() for value in values for name in value.split(",")]
     return [name for name in names if name]
 
 
-TaskNames = Annotated[list[str], AfterValidator(_at_commas)]
+TaskNames = Annotated[list[str], AfterValidator(at_commas)]
 Temperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_not_tiny)]
 
 

@@ -127,6 +127,11 @@ def causes(name: str) -> str:
     return "; ".join(listed).replace("`", "")
 
 
+def listed(name: str) -> str:
+    """Return the same, each cause on a line of its own."""
+    return "".join(f"\n  - {one}" for one in causes(name).split("; "))
+
+
 def table() -> list[str]:
     """Return the lines of the README's table: the symptoms as Markdown."""
     lines = ["| what is seen | what it means | likely causes in this order, and what treats each |"]

@@ -14,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from pipeline.blocks import Rows
 from pipeline.clock import Clock
 from pipeline.evaluating import EvaluatingTrainer
+from pipeline.guard import Guard
 from pipeline.recipe import Recipe
 from pipeline.sharding import put, whole
 
@@ -99,7 +100,8 @@ class TrialTrainer(EvaluatingTrainer):
             name: whole(weight).to("cpu", copy=True) for name, weight in self._own_weights().items()
         }
         kept, modes = dict(vars(self)), {m: m.training for m in self.model.modules()}
-        generators = self._training_state.random_state()
+        generators, scaler = self._training_state.random_state(), self.accelerator.scaler
+        scale = scaler.state_dict() if scaler is not None else None
         states = random.getstate(), np.random.get_state()
         plain = torch.compiler.set_stance("force_eager")
         try:
@@ -110,9 +112,12 @@ class TrialTrainer(EvaluatingTrainer):
                     [watch], self.model, self.processing_class, None, None
                 )
                 self.train()
-                self._processes.end_vote()
+                self._guard.settle()
                 trial = Trial(watch.losses, watch.tokens_per_second)
         finally:
+            self._processes.end_vote()
+            if scale:  # fp16
+                scaler.load_state_dict(scale)
             random.setstate(states[0])
             np.random.set_state(states[1])
             wrapped = {name: vars(self)[name] for name in WRAPPED if name in vars(self)}
@@ -139,6 +144,7 @@ class TrialTrainer(EvaluatingTrainer):
         self.recipe = recipe or self.recipe
         self.optimizer = self.lr_scheduler = None
         self._resumed, self._seen_step, self._is_to_stop, self._owes_save = {}, None, False, False
+        self._guard = Guard(process_count=self._processes.count)  # what is ill here is not the run
         if most_updates is not None:
             self.args.max_steps = most_updates
         if batch is not None:

@@ -16,12 +16,13 @@ from loopback_hub import READ, USER, LoopbackHub
 from runs import assert_ended_the_same, contents, same, trained
 from test_trainer import make_trainer, streamed
 
-from pipeline import checkpoint, dry_run, findings, pretrain
+from pipeline import checkpoint, dry_run, findings, pretrain, row_text
 from pipeline.findings import Finding
 from pipeline.guard import NonFinite
 from pipeline.options import PretrainOptions
 from pipeline.recipe import InputError
 from pipeline.row_text import as_text
+from pipeline.trainer import PretrainingTrainer
 from pipeline.trial import OneBatch
 
 LINES = [
@@ -132,6 +133,7 @@ def test_a_run_after_a_trial_is_the_run_without_one(smoke_recipe, tmp_path, opti
     assert tried.args.gradient_accumulation_steps == 4
     weights = {name: value.clone() for name, value in tried.model.state_dict().items()}
     before = dict(vars(tried)), tried._training_state.random_state()
+    noticed = tried._notices.state()
     learnt, _ = dry_run.overfitting(tried)
     assert not learnt.remedy
     assert tried.tried(lambda update, loss: update == 3).tokens_per_second > 0
@@ -140,7 +142,7 @@ def test_a_run_after_a_trial_is_the_run_without_one(smoke_recipe, tmp_path, opti
     assert same(weights, tried.model.state_dict())
     assert all(p.grad is None for p in tried.model.parameters())
     after = dict(vars(tried)), tried._training_state.random_state()
-    assert before[1] == after[1]
+    assert before[1] == after[1] and tried._notices.state() == noticed
     kept = [name for name in before[0] if name not in ("model_wrapped", "deepspeed")]
     assert all(before[0][name] is after[0][name] for name in kept)
     assert tried.optimizer is None and tried.state.global_step == 0
@@ -291,13 +293,34 @@ def test_what_fails_is_exit_code_2_after_all_lines(smoke_recipe, tmp_path, said,
     with pytest.raises(InputError) as caught:
         look(smoke_recipe, tmp_path, "--model.config.initializer_range", "0.5")
     words = str(caught.value)
-    assert (
-        words.startswith("preflight: initial_loss: ") and "; overfitting: no; do, or acc" in words
+    assert words.startswith("preflight: initial_loss: ") and words.endswith(
+        "; overfitting: no; do, or accept them with --preflight.accept initial_loss overfitting"
     )
     assert "✗ initial_loss" in said() and "✗ overfitting" in said() and "✓ speed" in said()
     accepted = ["--preflight.accept", "initial_loss", "overfitting"]
     look(smoke_recipe, tmp_path, "--model.config.initializer_range", "0.5", *accepted)
     assert "⚠ overfitting no (accepted: preflight.accept)" in said()
+
+
+def test_what_does_not_fit_is_not_tried(smoke_recipe, tmp_path, said, monkeypatch):
+    monkeypatch.setattr("pipeline.machine.free_memory", lambda device: 0)
+    monkeypatch.setattr("pipeline.machine.held_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(PretrainingTrainer, "tried", lambda *given, **more: pytest.fail("tried"))
+    with pytest.raises(InputError, match="^preflight: memory: at least .* --preflight.accept mem"):
+        look(smoke_recipe, tmp_path)
+    assert "· overfitting not tried: the memory does not suffice" in said()
+    assert "· speed not tried" in said() and "✓ evaluation" in said()
+
+
+def test_memory_that_is_gone_while_trying_is_told_with_all_the_rest(trainer, monkeypatch):
+    def full(given):
+        raise MemoryError
+
+    monkeypatch.setattr(dry_run, "overfitting", full)
+    seen = []
+    dry_run._try(trainer, None, seen.append)
+    (finding,) = seen
+    assert finding.name == "speed" and "memory" in finding.text and finding.remedy
 
 
 # -- the Hub --------------------------------------------------------------------------------------
@@ -416,6 +439,11 @@ def test_rows_stand_above_what_they_predict(trainer, apart):
     together = as_text(trainer.train_dataset, trainer.processing_class, 3)
     assert together.count("row ") >= 3 and " - " not in together.split("predicts")[1][:40]
     assert len(np.unique(together.splitlines())) > 3
+
+
+def test_a_line_of_wide_signs_is_as_wide_as_any():
+    assert list(row_text._cut("ab" + 5 * "東京", 6)) == ["ab東京", "東京東", "京東京", "東京"]
+    assert list(row_text._cut("", 6)) == []
 
 
 def test_the_schedule_is_drawn_with_its_marks(trainer):

@@ -91,7 +91,7 @@ def test_a_long_history_takes_no_time():
     assert time.perf_counter() - started < 5  # 0.2 s here; looking at all for each took minutes
 
 
-def test_one_evaluation_far_above_the_training_loss_is_overfitting():
+def test_one_evaluation_far_above_the_training_loss_may_be_overfitting():
     said = verdict(logs([8.2], [4.04]))
-    assert said.kind == "overfitting" and "so wide a gap is overfitting" in said.sentence
+    assert said.kind == "unknown" and "so wide a gap is overfitting, or" in said.sentence
     assert verdict(logs([3.1], [2.85])).kind == "unknown"

@@ -1,5 +1,6 @@
 """A run that is asked to stop saves, says so, exits with 75, and goes on to the last bit."""
 
+import logging
 import os
 import signal
 import threading
@@ -60,6 +61,13 @@ def test_a_deferred_signal_waits_for_whoever_deferred_it():
             send(signal.SIGTERM)
             assert interruption.reason() == "SIGUSR1"
         assert interruption.reason() == "SIGUSR1"
+
+
+def test_who_is_asked_to_stop_is_told_what_that_means(caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    with pytest.raises(Preempted), interruption.heeded(), interruption.told("nothing was trained"):
+        send(signal.SIGTERM)
+    assert caplog.messages == ["\nstopped (SIGTERM); nothing was trained"]
 
 
 def test_a_block_inside_of_another_and_one_of_another_thread_change_nothing():

@@ -114,7 +114,7 @@ def test_overfitting_is_said_when_it_begins():
         notices.evaluated(step, Verdict(kind, "", f"seen at {step}"))
     assert [one[1] for one in told] == [3, 6]
     first, again = (one[2] for one in told)
-    assert first.startswith("update 3: seen at 3\n  likely, in this order: too little text (")
+    assert first.startswith("update 3: seen at 3\n  likely, in this order:\n  - too little text (")
     assert again.startswith("update 6: again, seen at 6\n")
     watching(told, gap=False).evaluated(9, Verdict("overfitting", "", "seen"))
     assert len(told) == 2
@@ -128,10 +128,11 @@ def test_a_message_has_numbers_causes_and_keys():
         skipped.append(notices.update(step, loss=loss, norm=1.0))
     assert [n for n, one in enumerate(skipped, start=1) if one] == [20] and notices.skipped == 1
     ((_, _, sentence),) = told
-    first, second = sentence.split("\n")
+    first, second, *listed = sentence.split("\n")
     assert first.startswith("update 20: the loss is 5, 28.4 ")
     assert first.endswith("standard deviations above the mean before (3); the update was not made")
-    assert "training.learning_rate x 0.1" in second and "prepare_data.py --show" in second
+    assert second == "  likely, in this order:" and "prepare_data.py --show" in listed[0]
+    assert "training.learning_rate x 0.1" in listed[1]
 
 
 def test_a_state_is_all_that_it_takes_to_go_on():
@@ -317,7 +318,7 @@ def test_a_text_learnt_by_heart_is_said_once(smoke_recipe, tmp_path, caplog):
     trainer = trained(made(smoke_recipe, tmp_path / "run", **values))
     found = [n for n in notices_of(trainer) if n["notice"] == "overfitting"]
     assert len(found) == 1 and "Overfitting: the held-out loss rose from" in found[0]["seen"]
-    assert caplog.text.count("likely, in this order: too little text (more or more varied") == 1
+    assert caplog.text.count("likely, in this order:\n  - too little text (more or more") == 1
 
 
 def test_what_was_noticed_is_in_the_report_and_a_healthy_run_has_no_such_part(

@@ -1,5 +1,6 @@
 """What is seen before the first update of every run stops what cannot work, and changes no bit."""
 
+import functools
 import json
 import logging
 import math
@@ -111,9 +112,12 @@ def test_what_fails_stops_the_run_in_one_sentence():
     findings.judge([*failing[:1], *well], ["memory"])
     with pytest.raises(InputError) as caught:
         findings.judge([*failing, *well], [])
+    assert str(caught.value) == "preflight: memory: too much; less; hub: away; later"
+    with pytest.raises(InputError) as caught:
+        findings.judge([failing[0], Finding("disk", "full", "make room")], ["labels"])
     assert str(caught.value) == (
-        "preflight: memory: too much; less, or accept it with --preflight.accept memory; "
-        "hub: away; later"
+        "preflight: memory: too much; less; disk: full; make room, or accept them with "
+        "--preflight.accept labels memory disk"
     )
 
 
@@ -199,7 +203,18 @@ def test_what_is_accepted_is_named_as_it_is_called(smoke_recipe):
     assert words.startswith("--preflight.accept: input should be 'labels', ")
     assert "got 'initial_los'" in words
     assert all(f"'{name}'" in words for name in CHECKS) and "\n" not in words
-    assert read_recipe(smoke_recipe, {"preflight.accept": "memory"}).preflight.accept == ["memory"]
+    for given in ("memory,disk", ["memory", "disk"]):
+        accept = read_recipe(smoke_recipe, {"preflight.accept": given}).preflight.accept
+        assert accept == ["memory", "disk"]
+
+
+def test_what_only_a_dry_run_sees_stands_in_the_report_if_it_is_accepted(smoke_recipe, tmp_path):
+    trainer = make_trainer(smoke_recipe, tmp_path, preflight__accept="overfitting,memory")
+    preflight.look(trainer, None)
+    assert trainer.seen["overfitting"] == {
+        "mark": "accepted", "finding": "not looked at but by --dry_run"
+    }  # fmt: skip
+    assert trainer.seen["memory"]["mark"] == "well"
 
 
 # -- memory, disk, tokens, evaluations ------------------------------------------------------------
@@ -267,7 +282,7 @@ def test_tokens_of_each_parameter(trainer):
 
 
 def test_evaluations_that_cost_more_than_the_training():
-    judged = cheap_checks.judged_evaluation
+    judged = functools.partial(cheap_checks.judged_evaluation, how="by their products")
     assert judged(0, 5, 10, seconds=1).text == "none while training"
     assert (
         judged(10, 1, 90, seconds=1).text == "10 while training, 10.0% of the run by their products"
