@@ -86,7 +86,7 @@ def _predicted(
 ) -> list[str]:
     rows = [(run.name, run.parameters, run.tokens, run.loss) for run in left_out]
     if planned:
-        best = fit.law.optimum(FLOPS * planned[0] * planned[1])
+        best = fit.law.optimum(float(FLOPS) * planned[0] * planned[1])
         rows += [("this recipe", *planned, None), (BEST, best.parameters, best.tokens, None)]
     width = max(len("predicted"), *(len(row[0]) for row in rows))
     lines = [

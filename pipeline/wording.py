@@ -12,7 +12,10 @@ AMOUNT = "amount"  # a form: five digits, and from a hundred thousand on three a
 
 def finite(value: Any) -> bool:
     """Tell whether a value is a number that can be shown."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def written(value: Any, form: str) -> str:

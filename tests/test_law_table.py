@@ -1,9 +1,8 @@
 """What is told of a fit in the terminal."""
 
 import pytest
-from ladders import BUDGETS, SIZES, TRUE, ladder
+from ladders import BUDGETS, SIZES, TRUE, ladder, without_largest
 
-from pipeline.ladder import without_largest
 from pipeline.law_fit import fit
 from pipeline.law_forms import joint
 from pipeline.law_table import table
