@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 from pipeline import budgeting, json_file, plan_text, recipe_writing
 from pipeline.hardware import Hardware, budget, hardware
+from pipeline.model_shape import planned_model
 from pipeline.plan_options import PlanOptions
 from pipeline.recipe import InputError, Recipe
-from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, plan
+from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, known_updates, plan
+from pipeline.text_size import text_size
+from pipeline.training_limits import check_limits
 
 
 class Answer(NamedTuple):
@@ -60,7 +63,7 @@ def _of_budget(recipe: Recipe, options: PlanOptions) -> Answer:
     commands = recipe_writing.launch_lines(choice, path)
     text = [
         plan_text.choice_table(choice, options.budget), "", _table(choice.plan), "",
-        f"recipe in {path}; launch it with", *(f"  {line}" for line in commands),
+        f"recipe in {path}; launch it with", *sum(map(plan_text.command_lines, commands), []),
     ]  # fmt: skip
     numbers = {
         "budget": {"text": options.budget, "seconds": seconds},
@@ -82,10 +85,12 @@ def _of_ladder(recipe: Recipe, options: PlanOptions) -> Answer:
     found = law_fit.fit([run for run in every if (run.parameters, run.tokens) not in gone])
     planned = None
     if options.config is not None:
-        here = plan(recipe, options, _with_mfu(hardware(options.hardware), options.mfu))
-        if here.work.tokens is None:
+        check_limits(recipe.training)
+        model = planned_model(recipe)
+        updates = known_updates(recipe, text_size(recipe, model.shape.vocabulary))
+        if updates is None:
             raise InputError(f"{options.config}: {NO_UPDATES_KNOWN}")
-        planned = here.model.parameters, here.work.tokens
+        planned = model.parameters, updates * recipe.tokens_per_update
 
     def draw(path: str | None) -> None:
         if path is not None:

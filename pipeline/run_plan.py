@@ -14,6 +14,7 @@ from pipeline.plan_options import PlanOptions
 from pipeline.planning import flops_by_part, flops_per_token, parameters_by_part
 from pipeline.recipe import InputError, Recipe
 from pipeline.text_size import TextSize, text_size
+from pipeline.training_limits import check_limits
 
 NO_UPDATES_KNOWN = (
     "how long this run is, is known when its text is prepared; --training.max_steps N plans it now"
@@ -47,7 +48,9 @@ class Prediction(NamedTuple):
 
     loss: float | None
     """None where the law gives more than a guess among all entries has, ln(vocabulary)."""
+    law: str
     source: str
+    constants: dict[str, float]
     validity: str
 
 
@@ -58,6 +61,8 @@ class LawPlan(NamedTuple):
     verdict: str
     optima: dict[str, scaling_laws.Optimum]
     """For the same 6 N D, by approach."""
+    why_both: str
+    """Of the third approach's two sets of constants."""
     predictions: dict[str, Prediction]
     critical_batch_tokens: float
     """At the loss that Kaplan's law foretells, from whose runs the critical batch comes."""
@@ -84,8 +89,10 @@ def plan(recipe: Recipe, options: PlanOptions, hardware: Hardware) -> Plan:
     """Return the plan of a recipe on a machine.
 
     Raises:
-        InputError: what `planned_model`, `text_size`, `memory_plan` and `Hardware.precision` raise.
+        InputError: what `check_limits`, `planned_model`, `text_size`, `memory_plan` and
+            `Hardware.precision` raise.
     """
+    check_limits(recipe.training)
     model = planned_model(recipe)
     parts = parameters_by_part(model.shape)
     if adapter := model.parameters - sum(parts.values()):
@@ -93,11 +100,6 @@ def plan(recipe: Recipe, options: PlanOptions, hardware: Hardware) -> Plan:
     inside = model.parameters - parts["embedding"] - parts["positions"]
     memory = memory_plan(recipe, model, hardware, topology=options.topology)
     text = text_size(recipe, model.shape.vocabulary)
-    if updates_of(recipe, text.tokens) == 0:
-        raise InputError(
-            f"the text has {text.tokens:,.0f} tokens ({text.source}), and an update takes "
-            f"{recipe.tokens_per_update:,}: give more text, or a smaller tokens_per_update"
-        )
     work = _work(recipe, model, text, memory, hardware)
     cost = cost_plan(
         recipe, model, hardware, memory, flops_per_token=work.flops_per_token, tokens=work.tokens,
@@ -130,6 +132,21 @@ def updates_of(recipe: Recipe, text_tokens: float | None) -> int | None:
     return math.ceil(recipe.training.get("num_train_epochs", 3.0) * in_epoch)
 
 
+def known_updates(recipe: Recipe, text: TextSize) -> int | None:
+    """Return `updates_of` a text.
+
+    Raises:
+        InputError: there is none.
+    """
+    updates = updates_of(recipe, text.tokens)
+    if updates == 0:
+        raise InputError(
+            f"the text has {text.tokens:,.0f} tokens ({text.source}), and an update takes "
+            f"{recipe.tokens_per_update:,}: give more text, or a smaller tokens_per_update"
+        )
+    return updates
+
+
 def as_numbers(value: Any) -> Any:
     """Return a plan, or any part of it, as mappings, lists, numbers and text."""
     if hasattr(value, "_asdict"):
@@ -155,7 +172,7 @@ def _work(
         exact = flops_by_part(
             shape, block_size=block_size, is_blockwise=is_blockwise(recipe, hardware.device.kind)
         )
-    updates = updates_of(recipe, text.tokens)
+    updates = known_updates(recipe, text)
     tokens = None if updates is None else updates * recipe.tokens_per_update
     return WorkPlan(
         whole, exact and sum(exact.values()),
@@ -171,20 +188,27 @@ def _laws(model: PlannedModel, inside: int, tokens: int) -> LawPlan:
     count, most = model.parameters, math.log(model.shape.vocabulary)
     hoffmann, again = scaling_laws.HOFFMANN, scaling_laws.BESIROGLU
     kaplan = scaling_laws.kaplan_loss(inside, tokens)
-    of_kaplan = scaling_laws.KAPLAN_SOURCE, scaling_laws.KAPLAN_VALIDITY.said(inside, tokens)
+    by_sum = (("Hoffmann", hoffmann), ("fitted again", again))
     found = {
-        "Hoffmann": Prediction(
-            hoffmann.loss(count, tokens), hoffmann.source, hoffmann.validity.said(count, tokens)
-        ),
-        "fitted again": Prediction(
-            again.loss(count, tokens), again.source, again.validity.said(count, tokens)
-        ),
-        "Kaplan": Prediction(kaplan, *of_kaplan),
-    }
+        name: Prediction(
+            law.loss(count, tokens), law.formula, law.source, law.constants,
+            law.validity.said(count, tokens),
+        ) for name, law in by_sum
+    }  # fmt: skip
+    found["Kaplan"] = Prediction(
+        kaplan, scaling_laws.KAPLAN_FORMULA, scaling_laws.KAPLAN_SOURCE,
+        scaling_laws.KAPLAN_CONSTANTS, scaling_laws.KAPLAN_VALIDITY.said(inside, tokens),
+    )  # fmt: skip
+    alone = ((inside, scaling_laws.KAPLAN_OF_PARAMETERS), (tokens, scaling_laws.KAPLAN_OF_TOKENS))
+    for value, law in alone:
+        found[f"Kaplan L({law.of})"] = Prediction(
+            law.loss(value), law.formula, law.source, law.constants, law.said(value)
+        )
     return LawPlan(
         tokens / count,
         scaling_laws.verdict(count, tokens),
         scaling_laws.compute_optimal(float(scaling_laws.FLOPS) * count * tokens),
+        scaling_laws.WHY_BOTH,
         {n: p if p.loss < most else p._replace(loss=None) for n, p in found.items()},
         scaling_laws.critical_batch_tokens(min(kaplan, most)),
     )
