@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from pipeline.curves import COLOURS
 from pipeline.ladder import Run
@@ -157,7 +157,7 @@ def _limit(
 
 def _count_axis(axes: Axes, name: str) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(name)
 

@@ -78,11 +78,6 @@ def _of_budget(recipe: Recipe, options: PlanOptions) -> Answer:
 def _of_ladder(recipe: Recipe, options: PlanOptions) -> Answer:
     from pipeline import ladder, law_fit, law_picture, law_table  # SciPy, matplotlib
 
-    named = {Path(name).resolve(): name for name in [*options.fit, *options.leave_out]}
-    left_out = ladder.points(options.leave_out) if options.leave_out else []
-    gone = {(run.parameters, run.tokens) for run in left_out}
-    every = ladder.points(list(named.values()))  # checked to be comparable, together
-    found = law_fit.fit([run for run in every if (run.parameters, run.tokens) not in gone])
     planned = None
     if options.config is not None:
         check_limits(recipe.training)
@@ -91,6 +86,11 @@ def _of_ladder(recipe: Recipe, options: PlanOptions) -> Answer:
         if updates is None:
             raise InputError(f"{options.config}: {NO_UPDATES_KNOWN}")
         planned = model.parameters, updates * recipe.tokens_per_update
+    named = {Path(name).resolve(): name for name in [*options.fit, *options.leave_out]}
+    left_out = ladder.points(options.leave_out) if options.leave_out else []
+    gone = {(run.parameters, run.tokens) for run in left_out}
+    every = ladder.points(list(named.values()))  # checked to be comparable, together
+    found = law_fit.fit([run for run in every if (run.parameters, run.tokens) not in gone])
 
     def draw(path: str | None) -> None:
         if path is not None:

@@ -171,9 +171,13 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str | None, str]]:
     rows.append(("speed", f"{cost.tokens_per_second:,.0f} tokens/s"))
     if cost.seconds is None:
         return rows
-    measured = f", of them {duration(cost.evaluation_seconds)} for {cost.evaluations} evaluation(s)"
-    measured += " and the final one" if cost.evaluation_seconds else ""
-    rows.append(("time", duration(cost.seconds) + (measured if cost.evaluation_seconds else "")))
+    taken = duration(cost.seconds)
+    if cost.evaluation_seconds:
+        taken += (
+            f", of them {duration(cost.evaluation_seconds)} for {cost.evaluations:,} evaluation(s) "
+            "and the final one"
+        )
+    rows.append(("time", taken))
     rows.append(
         (
             "",
