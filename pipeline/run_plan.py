@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from pipeline import scaling_laws
-from pipeline.cost_plan import CostPlan, cost_plan
+from pipeline.cost_plan import CostPlan, cost_plan, is_compiled
 from pipeline.hardware import Hardware
 from pipeline.memory_plan import MemoryPlan, is_blockwise, memory_plan
 from pipeline.model_shape import PlannedModel, planned_model
@@ -16,6 +16,7 @@ from pipeline.recipe import InputError, Recipe
 from pipeline.text_size import TextSize, text_size
 from pipeline.training_limits import check_limits
 
+MOST_UPDATES = 10**12  # the largest runs make millions
 NO_UPDATES_KNOWN = (
     "how long this run is, is known when its text is prepared; --training.max_steps N plans it now"
 )
@@ -98,13 +99,15 @@ def plan(recipe: Recipe, options: PlanOptions, hardware: Hardware) -> Plan:
     if adapter := model.parameters - sum(parts.values()):
         parts["adapter"] = adapter
     inside = model.parameters - parts["embedding"] - parts["positions"]
+    hardware = hardware.of_step(model.parameters, is_compiled=is_compiled(recipe))
     memory = memory_plan(recipe, model, hardware, topology=options.topology)
     text = text_size(recipe, model.shape.vocabulary)
-    work = _work(recipe, model, text, memory, hardware)
+    updates = known_updates(recipe, text)
+    work = _work(recipe, model, text, hardware, updates)
     cost = cost_plan(
         recipe, model, hardware, memory, flops_per_token=work.flops_per_token, tokens=work.tokens,
-        updates=work.updates, epochs=work.epochs, held_out_tokens=text.held_out_tokens,
-        price_per_hour=options.price_per_hour,
+        updates=work.updates, epochs=work.epochs, validation_tokens=text.validation_tokens,
+        test_tokens=text.test_tokens, price_per_hour=options.price_per_hour,
     )  # fmt: skip
     laws = None
     if work.tokens is not None and recipe.model.pretrained is None:
@@ -129,20 +132,26 @@ def updates_of(recipe: Recipe, text_tokens: float | None) -> int | None:
     if text_tokens is None:
         return None
     in_epoch = int(text_tokens // recipe.tokens_per_update)
-    return math.ceil(recipe.training.get("num_train_epochs", 3.0) * in_epoch)
+    epochs = recipe.training.get("num_train_epochs", 3.0)
+    return math.ceil(min(2.0 * MOST_UPDATES, epochs * in_epoch))  # infinite ones, too
 
 
 def known_updates(recipe: Recipe, text: TextSize) -> int | None:
-    """Return `updates_of` a text.
+    """Return `updates_of`, where they can be made.
 
     Raises:
-        InputError: there is none.
+        InputError: the text does not fill one update, or there are more than anyone makes.
     """
     updates = updates_of(recipe, text.tokens)
     if updates == 0:
         raise InputError(
             f"the text has {text.tokens:,.0f} tokens ({text.source}), and an update takes "
             f"{recipe.tokens_per_update:,}: give more text, or a smaller tokens_per_update"
+        )
+    if updates is not None and updates > MOST_UPDATES:
+        raise InputError(
+            f"training.max_steps, or training.num_train_epochs: no run makes more than "
+            f"{MOST_UPDATES:,} updates; give fewer"
         )
     return updates
 
@@ -160,8 +169,8 @@ def _work(
     recipe: Recipe,
     model: PlannedModel,
     text: TextSize,
-    memory: MemoryPlan,
     hardware: Hardware,
+    updates: int | None,
 ) -> WorkPlan:
     shape, block_size = model.shape, recipe.data.block_size
     asked = {"layers": shape.layers, "width": shape.width, "block_size": block_size}
@@ -172,7 +181,6 @@ def _work(
         exact = flops_by_part(
             shape, block_size=block_size, is_blockwise=is_blockwise(recipe, hardware.device.kind)
         )
-    updates = known_updates(recipe, text)
     tokens = None if updates is None else updates * recipe.tokens_per_update
     return WorkPlan(
         whole, exact and sum(exact.values()),
