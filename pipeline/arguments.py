@@ -10,13 +10,13 @@ from transformers import Trainer, TrainingArguments
 
 from pipeline import attention, launch, machine, zero
 from pipeline.accumulation import share_of_update
-from pipeline.checkpoint import FEWEST_KEPT
 from pipeline.lr_schedule import schedule
 from pipeline.push_list import STRATEGIES
 from pipeline.recipe import InputError, Recipe, first_line
 from pipeline.rendezvous import join
 from pipeline.sharding import wanted_sharding
 from pipeline.text_files import read_text
+from pipeline.training_limits import check_limits
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +63,6 @@ OWNED = {
 
 
 _LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte"}
-
-# Values that TrainingArguments accepts and that cannot work, with the smallest that can.
-_SMALLEST = {
-    "learning_rate": (0, "above"),
-    "max_steps": (1, "at least"),
-    "num_train_epochs": (0, "above"),
-    "per_device_train_batch_size": (1, "at least"),
-    "per_device_eval_batch_size": (1, "at least"),
-    "save_total_limit": (FEWEST_KEPT, "at least"),
-    "logging_steps": (0, "above"),
-    "eval_steps": (0, "above"),
-    "save_steps": (0, "above"),
-    "seed": (0, "at least"),
-    "dataloader_num_workers": (0, "at least"),
-    "adam_epsilon": (0, "above"),
-    "weight_decay": (0, "at least"),
-    "max_grad_norm": (0, "at least"),
-    "ddp_timeout": (0, "above"),
-}
 
 
 def training_arguments(recipe: Recipe) -> tuple[Recipe, TrainingArguments]:
@@ -277,16 +258,7 @@ def _out_of_memory(recipe: Recipe, arguments: TrainingArguments) -> str:
 
 
 def _check_values(stated: dict[str, Any]) -> None:
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= stated.get(name, 0.9) < 1:
-            raise InputError(f"training.{name}: must be at least 0 and below 1; got {stated[name]}")
-    if stated.get("seed", 0) >= 2**32:  # NumPy's generator takes 32 bits
-        raise InputError(f"training.seed: must be below 4294967296; got {stated['seed']}")
-    if "num_train_epochs" in stated and stated.get("max_steps", -1) > 0:
-        raise InputError(
-            "training.num_train_epochs and training.max_steps contradict each other; take one "
-            "back with null, as in --training.max_steps null"
-        )
+    check_limits(stated)
     metric = stated.get("metric_for_best_model", "loss").removeprefix("eval_")
     if metric not in _LOWER_IS_BETTER:
         raise InputError(
@@ -299,13 +271,6 @@ def _check_values(stated: dict[str, Any]) -> None:
             f"training.torch_compile_backend: {backend!r} is not one of "
             f"{', '.join(torch.compiler.list_backends(exclude_tags=()))}"
         )
-    for name, (smallest, word) in _SMALLEST.items():
-        value = stated.get(name)
-        if value is None or (name, value) == ("max_steps", -1):  # the library's own "not given"
-            continue
-        fits = value >= smallest if word == "at least" else value > smallest
-        if not fits:  # also NaN
-            raise InputError(f"training.{name}: must be {word} {smallest}; got {value}")
 
 
 def _reporters(report_to: str | list[str] | None) -> list[str]:

@@ -1,21 +1,19 @@
-"""What to make of a budget of devices and time: a size, its tokens, and how they are trained."""
+"""What to make of a budget of devices and time: the size of least loss, and why it is that one."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipeline import scaling_laws
+from pipeline import budget_recipe, scaling_laws
 from pipeline.hardware import Hardware
-from pipeline.memory_plan import memory_plan
-from pipeline.model_shape import PlannedModel, planned_model
+from pipeline.model_shape import planned_model
 from pipeline.plan_options import PlanOptions
-from pipeline.planning import Shape, parameters, parameters_by_part, training_flops
+from pipeline.planning import Shape, parameters, training_flops
 from pipeline.recipe import InputError, Recipe
 from pipeline.run_plan import Plan, plan
-from pipeline.size_ladder import gpt3_batch_tokens, gpt3_learning_rate, shapes
+from pipeline.size_ladder import shapes
 from pipeline.text_size import NAMED_TOKENS, TextSize, text_size
 from pipeline.wording import duration, short
 
@@ -26,14 +24,7 @@ E, A, B, EXPONENT = 1.87, 521.0, 1488.0, 0.353
 READ_AGAIN, EXCESS = 15.39, 5.31  # R_D* and R_N*
 SIZE_FOR_TEXT = 0.051  # parameters that a token of text, read once, is worth
 LAW = "Muennighoff et al. 2023 (Chinchilla's law, text that is read again counting less)"
-FEWEST_UPDATES = 100
-UPDATES_WANTED = 2000  # fewer leave AdamW no time to come down from its peak; GPT-3 made 90,000
-MOST_ROWS = {"cpu": 16, "cuda": 32, "mps": 16}  # at once: the recipes'; more are no faster
-FEW_ROWS = 4  # with fewer at once devices idle: rather shard, or compute activations again
 COMPARED = 2  # sizes on either side of the chosen one that are shown
-GPT3_WARMUP_TOKENS = 375e6  # Brown et al. 2020, appendix B
-EVALUATIONS = 20
-WIDELY_TRIED = 16  # times the quickstart's tokens, up to which its rate is carried
 
 
 class Candidate(NamedTuple):
@@ -55,6 +46,7 @@ class Choice(NamedTuple):
     hardware: Hardware
     seconds: float
     candidates: list[Candidate]
+    """The sizes beside the chosen one that fit; tokens are those of their own recipes."""
     chosen: int
     reasons: list[str]
 
@@ -70,8 +62,13 @@ def data_constrained_loss(parameters: float, tokens: float, text_tokens: float |
     return E + A / sized**EXPONENT + B / seen**EXPONENT
 
 
-def choose(base: Recipe, options: PlanOptions, hardware: Hardware, seconds: float) -> Choice:
+def choose(
+    base: Recipe, options: PlanOptions, hardware: Hardware, seconds: float, *, file: str
+) -> Choice:
     """Return the recipe that makes most of the devices in the time, on the text of `base`.
+
+    Args:
+        file: where the recipe will be.
 
     Raises:
         InputError: the time is too short for any size, no size fits, or `base` goes on from a
@@ -84,34 +81,61 @@ def choose(base: Recipe, options: PlanOptions, hardware: Hardware, seconds: floa
         )
     precision = _precision(hardware)
     base = base.with_values(precision=precision)
-    rate = hardware.rate(precision)
-    base, text = _enough_text(base, rate * seconds)
-    vocabulary, block_size = planned_model(base).shape.vocabulary, base.data.block_size
-    candidates = []
-    for shape in shapes(vocabulary, block_size):
-        tokens = rate * seconds / training_flops(shape, block_size)
-        count = parameters(shape)
-        loss = data_constrained_loss(count, tokens, text.tokens)
-        epochs = tokens / text.tokens if text.tokens else None
-        candidates.append(Candidate(shape, count, tokens, epochs, loss))
-    for best in sorted(range(len(candidates)), key=lambda number: candidates[number].loss):
-        one = candidates[best]
-        if one.tokens < FEWEST_UPDATES * block_size * hardware.count:
-            continue
-        settings, reasons = _settings(base, one, hardware)
-        fitted = _fitting(base, settings, one, hardware)
-        if fitted is None:
-            continue
-        recipe, found = _in_time(fitted, options, hardware, seconds)
-        reasons = [_why(one, candidates, text, best), *reasons]
-        nearby = slice(max(0, best - COMPARED), best + COMPARED + 1)
-        return Choice(
-            recipe, found, hardware, seconds, candidates[nearby], best - nearby.start, reasons
+    base, text = _enough_text(base, hardware.rate(precision) * seconds)
+    block_size, is_compiled = (
+        base.data.block_size, budget_recipe.is_compiled_on(hardware.device.kind),
+    )  # fmt: skip
+    machines, bounds = [], []  # a bound: if there were nothing to do but train
+    for shape in shapes(planned_model(base).shape.vocabulary, block_size):
+        machines.append(hardware.of_step(parameters(shape), is_compiled=is_compiled))
+        tokens = machines[-1].rate(precision) * seconds / training_flops(shape, block_size)
+        bounds.append(_candidate(shape, tokens, text))
+
+    @functools.cache
+    def made(number: int) -> tuple[Recipe, Candidate] | None:
+        recipe = budget_recipe.recipe_in_time(
+            base, bounds[number].shape, machines[number], text, seconds, topology=options.topology
         )
-    raise InputError(
-        f"budget: in {duration(seconds)} {hardware.title} cannot train the smallest size that fits "
-        f"for {FEWEST_UPDATES} updates; give more time or devices with more memory"
-    )
+        if recipe is None:
+            return None
+        tokens = recipe.training["max_steps"] * recipe.tokens_per_update
+        return recipe, _candidate(bounds[number].shape, tokens, text)
+
+    best = None
+    for number in sorted(range(len(bounds)), key=lambda number: bounds[number].loss):
+        if best is not None and made(best)[1].loss <= bounds[number].loss:
+            break
+        if made(number) and (best is None or made(number)[1].loss < made(best)[1].loss):
+            best = number
+    if best is None:
+        raise InputError(
+            f"budget: in {duration(seconds)} {hardware.title} cannot train the smallest size that "
+            f"fits for {budget_recipe.FEWEST_UPDATES} updates; give more time or devices with more "
+            "memory"
+        )
+    recipe, one = made(best)
+    found = plan(recipe, options.model_copy(update={"config": file}), hardware)
+    near = range(max(0, best - COMPARED), min(len(bounds), best + COMPARED + 1))
+    near = [number for number in near if made(number)]
+    said = _why(one, bounds, best, text, is_stdlib=base.data.files == ["python:stdlib"])
+    if best == len(bounds) - 1:
+        said += "; it is the largest size in the table, and a larger one would be better"
+    elif best + 1 not in near:
+        said += (
+            "; the next larger size fits in no batch, or not for "
+            f"{budget_recipe.FEWEST_UPDATES} updates"
+        )
+    reasons = [said, *_settings_said(recipe, one, found)]
+    candidates = [made(number)[1] for number in near]
+    return Choice(
+        recipe, found, found.hardware, seconds, candidates, near.index(best), reasons
+    )  # fmt: skip
+
+
+def _candidate(shape: Shape, tokens: float, text: TextSize) -> Candidate:
+    count = parameters(shape)
+    loss = data_constrained_loss(count, tokens, text.tokens)
+    return Candidate(shape, count, tokens, tokens / text.tokens if text.tokens else None, loss)
 
 
 def _precision(hardware: Hardware) -> str:
@@ -138,159 +162,62 @@ def _enough_text(base: Recipe, flops: float) -> tuple[Recipe, TextSize]:
     return base, text_size(base, vocabulary)
 
 
-def _settings(base: Recipe, one: Candidate, hardware: Hardware) -> tuple[dict[str, Any], list[str]]:
-    """Return optimizer, schedule and the part of `training:` that goes with a size."""
-    block_size, devices, parts = base.data.block_size, hardware.count, parameters_by_part(one.shape)
-    inside = one.parameters - parts["embedding"] - parts["positions"]
-    critical = scaling_laws.critical_batch_tokens(
-        min(scaling_laws.kaplan_loss(inside, one.tokens), math.log(one.shape.vocabulary))
+def _why(
+    one: Candidate, bounds: list[Candidate], best: int, text: TextSize, *, is_stdlib: bool
+) -> str:
+    """Say what was chosen, by which law, and what the text has to do with it."""
+    said = (
+        f"{short(one.parameters)} parameters, {short(one.tokens)} tokens, "
+        f"{one.tokens / one.parameters:.3g} per parameter: the least loss in this time by {LAW}"
     )
-    if hardware.device.kind == "cpu":
-        return _as_the_quickstart(one, block_size, devices, critical)
-    wanted = min(gpt3_batch_tokens(one.parameters), critical, one.tokens / UPDATES_WANTED)
-    each = 2 ** max(0, math.floor(math.log2(wanted / (block_size * devices)) + 1e-6))
-    update = each * block_size * devices
-    rate, source = gpt3_learning_rate(one.parameters, inside=inside)
-    warmup = min(GPT3_WARMUP_TOKENS, 0.02 * one.tokens)
-    settings = {
-        "tokens_per_update": update,
-        "schedule": {"warmup_steps": max(1, round(warmup / update)), "floor": 0.1},
-        "training": {
-            "learning_rate": _two_digits(rate), "adam_beta1": 0.9, "adam_beta2": 0.95,
-            "weight_decay": 0.1, "max_grad_norm": 1.0,
-        },
-    }  # fmt: skip
-    return settings, [
-        f"an update of {update:,} tokens: at most GPT-3's for this size and the critical batch "
-        f"({short(critical)}, Kaplan et al. 2020), and {UPDATES_WANTED:,} updates at least",
-        f"learning rate {_two_digits(rate):g}: {source}; find_learning_rate.py measures it",
+    if text.tokens is None:
+        return said + "; how long the text is, is not known: the law is that of text read once"
+    if one.tokens <= text.tokens:
+        return said
+    said += (
+        f"; the budget wants more tokens than the text has ({short(text.tokens)}): it is read "
+        f"{one.epochs:.3g} times"
+    )
+    left = one.tokens / bounds[best].tokens  # by evaluations and communication; of others, too
+    unlimited = min(
+        bounds, key=lambda c: data_constrained_loss(c.parameters, left * c.tokens, None)
+    )
+    if unlimited.shape != one.shape:
+        said += f"; with enough of it {short(unlimited.parameters)} parameters would be best"
+        if is_stdlib:
+            said += " (--data.files python:packages, for one, has more)"
+    return said
+
+
+def _settings_said(recipe: Recipe, one: Candidate, found: Plan) -> list[str]:
+    """Say where update and rate come from, by the plan that was made."""
+    update, rate = recipe.tokens_per_update, recipe.training["learning_rate"]
+    if found.hardware.device.kind == "cpu":
+        critical = budget_recipe.critical_batch_tokens(one.shape, one.tokens)
+        return [
+            f"an update of {update:,} tokens (critical by Kaplan et al. 2020: {short(critical)}) "
+            f"and a learning rate of {rate:g}: the quickstart's, both carried by the square root "
+            f"of the tokens, up to {budget_recipe.WIDELY_TRIED} times its own; Muon, as there",
+            "find_learning_rate.py measures whether that rate is right",
+        ]
+    limits = budget_recipe.update_limits(one.shape, one.tokens)
+    is_kept = {name: update <= most * (1 + 1e-6) for name, most in limits.items()}
+    kept, passed = (
+        [f"{name} ({short(most)})" for name, most in limits.items() if is_kept[name] == wanted]
+        for wanted in (True, False)
+    )
+    said = f"an update of {update:,} tokens" + (f": at most {_listed(kept)}" if kept else "")
+    if passed:
+        said += f"; more than {_listed(passed)}"
+        if update == found.block_size * found.memory.devices:
+            said += ", since each device takes a row at least"
+    return [
+        said,
+        f"learning rate {rate:g}: {budget_recipe.learning_rate(one.shape)[1]}; "
+        "find_learning_rate.py measures it",
         "warm-up 2 % of the tokens, at most GPT-3's 375 million; cosine to a tenth",
     ]
 
 
-def _as_the_quickstart(
-    one: Candidate, block_size: int, devices: int, critical: float
-) -> tuple[dict[str, Any], list[str]]:
-    known = scaling_laws.QUICKSTART
-    tokens = min(one.tokens, WIDELY_TRIED * known.tokens)
-    carried = scaling_laws.carried(known, tokens=round(tokens), block_size=block_size)
-    update, rate = carried.tokens_per_update, _two_digits(carried.learning_rate)
-    update = math.ceil(update / (block_size * devices)) * block_size * devices
-    settings = {
-        "tokens_per_update": update,
-        "optimizer": {"name": "muon"},
-        "schedule": {"name": "linear", "warmup_steps": 0.035, "floor": 0.0},
-        "training": {"learning_rate": rate, "adam_beta2": 0.95, "weight_decay": 0.3},
-    }
-    return settings, [
-        f"an update of {update:,} tokens (critical by Kaplan et al. 2020: {short(critical)}) and a "
-        f"learning rate of {rate:g}: the quickstart's, both carried by the square root of the "
-        f"tokens, up to {WIDELY_TRIED} times its own; Muon, as there",
-        "find_learning_rate.py measures whether that rate is right",
-    ]
-
-
-def _fitting(
-    base: Recipe, settings: dict[str, Any], one: Candidate, hardware: Hardware
-) -> Recipe | None:
-    """Return the recipe with the largest batch that fits, sharded or checkpointed only where else
-    few rows or none would."""
-    share = settings["tokens_per_update"] // (base.data.block_size * hardware.count)
-    kind = hardware.device.kind
-    model = PlannedModel(one.shape, one.parameters, one.parameters, 0, 0, "")
-    rows = [n for n in range(min(share, MOST_ROWS[kind]), 0, -1) if share % n == 0]
-    many = [n for n in rows if n >= FEW_ROWS] or rows[:1]
-    topologies = ("ddp", "fsdp2") if hardware.count > 1 else ("none",)
-    ways = itertools.product((many, rows), (False, True), topologies)
-    for some, is_checkpointed, topology in ways:
-        for number in some:
-            recipe = _written(base, settings, one, number, is_checkpointed, kind)
-            with contextlib.suppress(InputError):  # in no batch
-                if memory_plan(recipe, model, hardware, topology=topology).is_fitting:
-                    return recipe
-    return None
-
-
-def _written(
-    base: Recipe,
-    settings: dict[str, Any],
-    one: Candidate,
-    rows: int,
-    is_checkpointed: bool,
-    kind: str,
-) -> Recipe:
-    """Return the recipe, its length aside."""
-    stated, training = base.as_dict(), settings["training"]
-    values = {
-        n: stated[n] for n in ("precision", "tokenizer", "data", "cleaning", "generation")
-        if n in stated
-    }  # fmt: skip
-    values["data"] = {k: v for k, v in values["data"].items() if k != "path"}
-    size = {"n_layer": one.shape.layers, "n_head": one.shape.heads, "n_embd": one.shape.width}
-    evaluated = max(16_384, min(1_048_576, 2 ** round(math.log2(max(2, one.tokens / 500)))))
-    evaluation: dict[str, Any] = {"tokens": evaluated}
-    training = {
-        "output_dir": base.training["output_dir"], "max_steps": 1, **training,
-        "per_device_train_batch_size": rows,
-    }  # fmt: skip
-    if is_checkpointed:
-        training["gradient_checkpointing"] = True
-    training["torch_compile"] = kind != "mps"
-    if kind == "cuda":
-        training["dataloader_num_workers"] = 2
-    training |= {"eval_strategy": "steps", "save_total_limit": 3, "seed": 1337}
-    if kind == "cpu":
-        evaluation["early_stopping_patience"] = 3
-        training["load_best_model_at_end"] = True
-    return base.model_validate(
-        {**values, **{k: v for k, v in settings.items() if k != "training"},
-         "model": {"config": size}, "evaluation": evaluation, "training": training}
-    )  # fmt: skip
-
-
-def _in_time(
-    recipe: Recipe, options: PlanOptions, hardware: Hardware, seconds: float
-) -> tuple[Recipe, Plan]:
-    """Return the recipe with as many updates as end in time, evaluations included, and its plan."""
-    steps = 1000.0
-    for _ in range(5):
-        recipe = _of_length(recipe, max(1, math.floor(steps)))
-        found = plan(recipe, options, hardware)
-        steps *= seconds / found.cost.seconds
-    while found.cost.seconds > seconds and (steps := found.work.updates - 1) > 0:
-        recipe = _of_length(recipe, steps)
-        found = plan(recipe, options, hardware)
-    return recipe, found
-
-
-def _of_length(recipe: Recipe, steps: int) -> Recipe:
-    every = max(1, round(steps / EVALUATIONS))
-    training = recipe.training | {
-        "max_steps": steps, "logging_steps": max(1, min(50, round(steps / 200))),
-        "eval_steps": every, "save_steps": every,
-    }  # fmt: skip
-    return recipe.with_values(training=training)
-
-
-def _why(one: Candidate, candidates: list[Candidate], text: TextSize, best: int) -> str:
-    ratio = one.tokens / one.parameters
-    said = (
-        f"{short(one.parameters)} parameters, {short(one.tokens)} tokens, {ratio:.3g} per "
-        f"parameter: the least loss for these operations by {LAW}"
-    )
-    unlimited = min(candidates, key=lambda c: data_constrained_loss(c.parameters, c.tokens, None))
-    if text.tokens is not None and one.tokens > text.tokens:
-        said += (
-            f"; the budget wants more tokens than the text has ({short(text.tokens)}): it is read "
-            f"{one.epochs:.3g} times; with enough of it {short(unlimited.parameters)} parameters "
-            "would be best (--data.files python:packages, for one, has more)"
-        )
-    elif text.tokens is None:
-        said += "; how long the text is, is not known: the law is that of text read once"
-    if best == len(candidates) - 1:
-        said += "; it is the largest size in the table, and a larger one would be better"
-    return said
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.2g}")
+def _listed(names: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

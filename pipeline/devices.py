@@ -1,26 +1,42 @@
 """The devices that a run can be planned on: by name with makers' figures, and this machine."""
 
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from pipeline.footprint import WATTS_PER_CORE, WATTS_PER_GB, board_watts
-
-# Shares of a device's dense rate that a compiled bf16 step of GPT-2 reaches.
-# The quickstart on two Zen 4 cores, 1,400 updates; larger ones reach more, 0.65 at 4 x 192 and 0.74
-# at 124M (tests/benchmarks/README.md), so that a plan's time is rather too long.
-CPU_MFU = 0.39
-A100_MFU = 0.39  # 124M, compiled PyTorch with fused attention: S. Raschka's ladder of speed-ups
-H100_MFU = 0.40  # 124M: 40.5 % by llm.c (modded-nanogpt, record 1); 1558M: 49 %
-OTHER_MFU = 0.35  # an assumption, a little below the A100's; no figure of GPT-2 was found
-APPLE_MFU = 0.20  # an assumption: eager, without fused attention
+# Shares of a device's dense rate that a compiled bf16 step of GPT-2 reaches, and their sources.
+# Of two Zen 4 cores, by parameters (tests/benchmarks/README.md): the quickstart's run, 1,400
+# updates by Muon; then steps by AdamW of 4 x 192 (16 x 128 tokens), 6 x 384 (8 x 256) and GPT-2
+# small (2 x 512), there with 512 positions.
+CPU_MFU = (
+    (1_071_872, 0.39), (2_590_848, 0.649), (12_318_720, 0.692), (124_046_592, 0.744),
+)  # fmt: skip
+CPU_MFU_SOURCE = (
+    "by size, between those measured on two Zen 4 cores: the quickstart 39 %; by AdamW 4 x 192 "
+    "64.9 %, 6 x 384 69.2 %, 124M 74.4 % (tests/benchmarks/README.md)"
+)
+GPU_MFU_AT = 124_439_808  # parameters of the models that those of GPUs are of
+A100_MFU = 0.39, "124M, compiled PyTorch, as in S. Raschka's ladder of speed-ups"
+H100_MFU = 0.40, "llm.c on 8 x H100, 124M 40.5 % and 1558M 49 %"
+H200_MFU = 0.40, "the H100's: llm.c on 8 of them, 124M 40.5 % and 1558M 49 %"
+OTHER_MFU = 0.35, "an assumption, a little below the A100's"  # no figure of GPT-2 was found
+APPLE_MFU = 0.20, "an assumption"  # eager, without fused attention
+# What is left of it where `training.torch_compile` is off, by kind (an Apple GPU's is eager).
+UNCOMPILED = {
+    # Compilation alone is worth 1.18 there (tests/benchmarks/README.md, the levers).
+    "cpu": (0.85, "4 x 192 on two Zen 4 cores"),
+    # 91,901 of 112,046 tokens/s, step 8 (rasbt/LLMs-from-scratch, ch05/10_llm-training-speed).
+    "cuda": (0.82, "124M on an A100, S. Raschka's ladder"),
+}
 # FLOP/s of a core's large products where this machine's were never measured: those of one Zen 4
 # core here (AVX-512), an assumption for any other.
 CORE_FLOPS = {"fp32": 100e9, "bf16": 220e9}
@@ -35,26 +51,48 @@ class Device(NamedTuple):
     """As the maker writes it, in powers of ten."""
     flops: dict[str, float]
     """FLOP/s of dense products by precision (fp32 without TF32); those that it has in hardware."""
-    watts: float
-    """Of its whole board at most."""
     mfu: float
     """The share of `flops` that a compiled training step reaches: assumed, unless measured."""
+    mfu_source: str
     kind: str
     """cpu, cuda or mps."""
     source: str
+    """Of `flops`."""
+    mfu_by_size: tuple[tuple[int, float], ...] = ()
+    """Parameters of the models that an assumed share is of, rising, and their shares; empty where
+    it is measured or stated."""
+    threads: int = 1
+    """Cores that each process keeps busy."""
     is_measured: bool = False
     """Whether `flops` and `mfu` are a run's."""
 
+    def of_step(self, parameters: int, *, is_compiled: bool) -> "Device":
+        """Return the device at the share that a step of so many parameters is assumed to reach.
+
+        Straight lines over the logarithm of the parameters between the sizes that are known, and
+        beyond them the share of the first and the last; not compiled, `UNCOMPILED` of it.
+        """
+        if not self.mfu_by_size:
+            return self
+        share = self.mfu_by_size[0][1]
+        for (low, first), (high, last) in itertools.pairwise(self.mfu_by_size):
+            within = min(max(parameters, low), high)
+            share += (last - first) * math.log(within / low) / math.log(high / low)
+        left = 1.0 if is_compiled or self.kind not in UNCOMPILED else UNCOMPILED[self.kind][0]
+        return self._replace(mfu=share * left)
+
 
 def _nvidia(
-    name: str, title: str, gigabytes: float, fp32: float, half: float, mfu: float, source: str
-) -> Device:
+    name: str, title: str, gigabytes: float, fp32: float, half: float, mfu: tuple[float, str],
+    source: str,
+) -> Device:  # fmt: skip
     """Return a GPU from teraFLOP/s of its data sheet; those before Ampere have fp16 and no bf16."""
     names = ("fp16",) if name.startswith(("v100", "t4")) else ("bf16", "fp16")
     flops = {"fp32": fp32 * 1e12} | dict.fromkeys(names, half * 1e12)
-    title = f"NVIDIA {title}"
-    watts = float(board_watts(title)[0])
-    return Device(name, title, gigabytes * 1e9, flops, watts, mfu, "cuda", source)
+    by_size = ((GPU_MFU_AT, mfu[0]),)
+    return Device(
+        name, f"NVIDIA {title}", gigabytes * 1e9, flops, *mfu, "cuda", source, by_size
+    )  # fmt: skip
 
 
 # Makers' data sheets. Where one gives tensor rates with sparsity, half of them: no weight of ours
@@ -84,14 +122,15 @@ DEVICES = {
         _nvidia(
             "h100-pcie", "H100 PCIe, 80 GB", 80, 51, 1513 / 2, H100_MFU, "NVIDIA H100 data sheet"
         ),
-        _nvidia("h200", "H200 SXM, 141 GB", 141, 67, 1979 / 2, H100_MFU, "NVIDIA H200 data sheet"),
+        _nvidia("h200", "H200 SXM, 141 GB", 141, 67, 1979 / 2, H200_MFU, "NVIDIA H200 data sheet"),
         _nvidia(
             "b200", "B200, 180 GB", 180, 600 / 8, 36000 / 16, OTHER_MFU,
             "NVIDIA HGX B200 data sheet, an eighth of it",
         ),
         Device(
-            "apple-m1", "Apple M1, 8 GPU cores, 16 GB", 16e9, {"fp32": 2.6e12}, 39, APPLE_MFU,
-            "mps", "Apple's announcement of the M1 (2020); watts of a whole Mac mini at most",
+            "apple-m1", "Apple M1, 8 GPU cores, 16 GB", 16e9, {"fp32": 2.6e12},
+            *APPLE_MFU, "mps", "Apple's announcement of the M1 (2020)",
+            ((GPU_MFU_AT, APPLE_MFU[0]),),
         ),
     )
 }  # fmt: skip
@@ -125,7 +164,7 @@ def device_called(name: str) -> Device | None:
 def this_machine() -> Device:
     """Return this machine's processor: its rates as runs here have measured them, else assumed."""
     number, memory = cores(), psutil.virtual_memory().total
-    flops, source = {}, f"{number} core(s) of this machine; MFU as of the quickstart on two"
+    flops, source = {}, f"{number} core(s) of this machine"
     for precision, each in CORE_FLOPS.items():
         if precision == "bf16" and not _has_bf16():
             continue
@@ -133,10 +172,10 @@ def this_machine() -> Device:
         flops[precision] = found or number * each
         how = "measured by a run here" if found else f"assumed, {each / 1e9:g} GFLOP/s a core"
         source += f"; {precision} {how}"
-    watts = number * WATTS_PER_CORE + memory / 1e9 * WATTS_PER_GB
     return Device(
-        "cpu", f"this machine, {number} core(s)", memory, flops, watts, CPU_MFU, "cpu", source
-    )
+        "cpu", f"this machine, {number} core(s)", memory, flops, CPU_MFU[0][1], CPU_MFU_SOURCE,
+        "cpu", source, CPU_MFU, number,
+    )  # fmt: skip
 
 
 def _best_rate(precision: str, threads: int) -> float | None:
@@ -189,4 +228,4 @@ def read_product_rates() -> dict[str, Any]:
 def is_positive(value: Any) -> bool:
     """Tell whether a value read from a file is a finite number above zero."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    return is_number and 0 < value <= sys.float_info.max

@@ -5,24 +5,28 @@ No torch: a plan answers before anything is loaded.
 
 import difflib
 import json
-import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from pipeline.devices import DEVICES, Device, device_called, is_positive, known_device
-from pipeline.footprint import WATTS_PER_CORE, WATTS_PER_GB
 from pipeline.recipe import InputError
 from pipeline.run_files import METRICS
 
 MOST = 100_000  # devices: what the largest clusters have
+MOST_YEARS = 10  # of a budget
+YEAR = 365.25 * 86_400  # seconds
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}  # seconds
 _UNIT_NAMES = {
     "sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "day": "d", "week": "w",
 }  # fmt: skip
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+LONGEST_SAID = 40  # characters of a damaged value
 
 
 class Hardware(NamedTuple):
@@ -57,6 +61,11 @@ class Hardware(NamedTuple):
                 " set precision to that, or name other hardware"
             )
         return asked
+
+    def of_step(self, parameters: int, *, is_compiled: bool) -> "Hardware":
+        """Return the same at the MFU that is assumed of such a step (`Device.of_step`)."""
+        device = self.device.of_step(parameters, is_compiled=is_compiled)
+        return self._replace(device=device)
 
     def rate(self, precision: str = "auto") -> float:
         """Return the FLOP/s of a training step that all devices reach together: rate x MFU.
@@ -124,10 +133,14 @@ def budget(text: str) -> tuple[Hardware, float]:
         seconds = float(number) * UNITS[unit]
     except ValueError:
         raise InputError(f"budget: {text.strip()!r}: {number} is no number; {form}") from None
-    if not 0 < seconds < math.inf:
+    if not seconds > 0:
         raise InputError(
             f"budget: {text.strip()!r}: nothing can be trained in {number} {unit}; give a time "
             "above zero"
+        )
+    if seconds > MOST_YEARS * YEAR:
+        raise InputError(
+            f"budget: {text.strip()!r}: is longer than {MOST_YEARS} years; give a shorter time"
         )
     return hardware(name.rstrip(" ,")), seconds
 
@@ -163,24 +176,36 @@ def _measured(path: Path) -> Hardware:
         raise InputError(f"{where}{file.name} cannot be read as JSON; {remedy}") from None
     have = have if isinstance(have, dict) else {}
     wanted = ("world_size", "product_rate_flops", "mfu", "train_tokens_per_second")
-    missing = [name for name in wanted if not is_positive(have.get(name))]
-    missing += [name for name in ("device", "precision") if not isinstance(have.get(name), str)]
+    missing = [name for name in (*wanted, "device", "precision") if have.get(name) is None]
     if missing:
         raise InputError(f"{where}{file.name} lacks {', '.join(missing)}; {remedy}")
-    name, count = have["device"], int(have["world_size"])
-    machine, of_table = have.get("hardware") or {}, device_called(name)
+    machine = {} if have.get("hardware") is None else have["hardware"]
+    is_damaged = {name: not is_positive(have[name]) for name in wanted} | {
+        "world_size": not _is_whole(have["world_size"], MOST),
+        "device": not isinstance(have["device"], str),
+        "precision": have["precision"] not in PRECISIONS,
+        "threads": have.get("threads") is not None and not _is_whole(have["threads"], MOST),
+        "hardware": not isinstance(machine, dict)
+        or machine.get("memory_bytes") is not None
+        and not is_positive(machine["memory_bytes"]),
+    }
+    is_damaged["mfu"] = is_damaged["mfu"] or have["mfu"] > 1
+    if any(is_damaged.values()):
+        name = next(name for name in is_damaged if is_damaged[name])
+        said = repr(have[name])
+        said = said if len(said) < LONGEST_SAID else said[: LONGEST_SAID - 3] + "..."
+        raise InputError(f"{where}{file.name} has {name} {said}, which no run writes; {remedy}")
+    name, count = have["device"], have["world_size"]
+    of_table = device_called(name)
+    memory = machine.get("memory_bytes")
     if name == "cpu":
-        threads = int(have.get("threads") or 1)
-        memory = machine.get("memory_bytes") or psutil.virtual_memory().total
-        each = memory / count  # processes of one machine share it
-        watts = threads * WATTS_PER_CORE + each / 1e9 * WATTS_PER_GB
-        found = Device(
-            "cpu", f"{machine.get('processor') or 'CPU'}, {threads} thread(s)", each, {}, watts,
-            0, "cpu", "",
-        )  # fmt: skip
+        threads = have.get("threads") or 1
+        each = (memory or psutil.virtual_memory().total) / count  # processes share the machine
+        title = f"{machine.get('processor') or 'CPU'}, {threads} thread(s)"
+        found = Device("cpu", title, each, {}, 0, "", "cpu", "", threads=threads)
     elif name == "mps":
         found = DEVICES["apple-m1"]._replace(title="Apple GPU")
-        found = found._replace(memory_bytes=machine.get("memory_bytes") or found.memory_bytes)
+        found = found._replace(memory_bytes=memory or found.memory_bytes)
     elif of_table is not None:
         found = of_table
     else:
@@ -188,12 +213,17 @@ def _measured(path: Path) -> Hardware:
             f"{where}its device, {name}, is not in the table, so its memory is not known; {remedy}"
         )
     rate, mfu = float(have["product_rate_flops"]), float(have["mfu"])
-    source = (
-        f"measured by the run {file.resolve().parent.name}: products at {rate / 1e12:.3g} TFLOP/s "
-        f"in {have['precision']}, {have['train_tokens_per_second']:,.0f} tokens/s on {count} "
-        f"process(es), MFU {mfu:.1%} of that rate"
-    )
+    run = f"measured by the run {file.resolve().parent.name}"
+    source = f"products at {rate / 1e12:.3g} TFLOP/s in {have['precision']}, {run}"
+    speed = f"{have['train_tokens_per_second']:,.0f} tokens/s on {count} process(es), {run}"
     return Hardware(
-        found._replace(flops={have["precision"]: rate}, mfu=mfu, source=source, is_measured=True),
+        found._replace(
+            flops={have["precision"]: rate}, source=source, mfu=mfu, mfu_source=speed,
+            mfu_by_size=(), is_measured=True,
+        ),
         count,
-    )
+    )  # fmt: skip
+
+
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most

@@ -1,6 +1,7 @@
 """The finished runs of a ladder of sizes and lengths, read and checked to be comparable."""
 
 import json
+import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from pipeline.scaling_laws import FLOPS
 from pipeline.wording import finite
 
 NEEDED = ("eval_loss", "parameters", "train_tokens")
+MOST = 1e18  # of each, and one over it the least: no run has such
 # What has to be the same in all runs, in words; one that differs makes losses incomparable.
 SHARED = {
     "tokenizer_fingerprint": "tokenizer",
@@ -68,12 +70,6 @@ def points(paths: list[str | Path]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.flops, run.name))
 
 
-def without_largest(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Return all runs but the one of most operations, and that one, for the others to foretell."""
-    largest = max(runs, key=lambda run: run.flops)
-    return [run for run in runs if run != largest], [largest]
-
-
 def _metrics_file(path: Path) -> Path:
     if not path.is_dir():
         if path.exists():
@@ -101,9 +97,10 @@ def _read(file: Path) -> dict[str, Any]:
         if key not in have:
             raise InputError(f"{file}: has no {key}; name the {METRICS} of a finished run")
     for key in NEEDED:
-        if not finite(have[key]) or have[key] <= 0:
+        if not finite(have[key]) or not 1 / MOST < have[key] < MOST:
             raise InputError(
-                f"{file}: {key} is {have[key]}, which no law can be fitted to; leave the run out"
+                f"{file}: {key} is {reprlib.repr(have[key])}, which no law can be fitted to; leave "
+                "the run out"
             )
     return have
 

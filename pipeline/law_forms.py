@@ -18,6 +18,9 @@ from pipeline.scaling_laws import KAPLAN_2020
 # unsuited. On 120 simulated ladders of 14 runs that follow a sum (three laws, noise of 0.3 and
 # 0.6 %) the share was 1.4 and more.
 UNSUITED = 0.8
+# Of a, the ratio, b and the power, where N_c is exp(a / ratio) runs' mean sizes and D_c exp(b) mean
+# tokens: both stay below what a float holds.
+LIMITS = ((-30, 60), (0.1, 5), (-30, 600), (0.02, 2))
 STARTS = ((0.5, 0.1), (0.5, 0.3), (1.0, 0.1), (1.0, 0.3))  # alpha_N / alpha_D, alpha_D
 
 
@@ -48,11 +51,10 @@ def joint(runs: list[Run]) -> Joint:
 
     sizes, tokens, losses = np.log([(run.parameters, run.tokens, run.loss) for run in runs]).T
     x, y = sizes - sizes.mean(), tokens - tokens.mean()
-    limits = ((None, None), (0.02, 5), (None, None), (0.01, 2))
     results = [
         minimize(
             _objective, _start(losses, ratio, power), args=(x, y, losses),
-            jac=True, method="L-BFGS-B", bounds=limits,
+            jac=True, method="L-BFGS-B", bounds=LIMITS,
             options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-7, "maxcor": 20},
         )
         for ratio, power in STARTS

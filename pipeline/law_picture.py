@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from pipeline.curves import COLOURS
 from pipeline.ladder import Run
@@ -37,7 +37,7 @@ def draw(
     predicted = [(run.parameters, run.tokens) for run in left_out]
     predicted += [planned] if planned else []
     flops = [run.flops for run in (*fit.runs, *left_out)]
-    flops += [FLOPS * planned[0] * planned[1]] if planned else []
+    flops += [float(FLOPS) * planned[0] * planned[1]] if planned else []
     budgets = np.geomspace(min(flops), max(flops), CURVES)
     page = Figure(figsize=SIZE, layout="constrained")
     sizes, frontier = page.subplots(1, 2)
@@ -109,7 +109,7 @@ def _frontier(
             xytext=(-4, -6), textcoords="offset points", ha="right", va="top", fontsize=8,
         )  # fmt: skip
     _runs(axes, [(run.flops, run) for run in fit.runs], budgets)
-    _predictions(axes, fit, [(FLOPS * size * tokens, (size, tokens)) for size, tokens in predicted])
+    _predictions(axes, fit, [(float(FLOPS) * n * d, (n, d)) for n, d in predicted])
     _left_out(axes, [(run.flops, run) for run in left_out])
     axes.set_xscale("log")
     axes.set_xlabel("training operations, 6 N D (FLOPs)")
@@ -157,7 +157,7 @@ def _limit(
 
 def _count_axis(axes: Axes, name: str) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(name)
 

@@ -86,22 +86,24 @@ def _predicted(
 ) -> list[str]:
     rows = [(run.name, run.parameters, run.tokens, run.loss) for run in left_out]
     if planned:
-        best = fit.law.optimum(FLOPS * planned[0] * planned[1])
+        best = fit.law.optimum(float(FLOPS) * planned[0] * planned[1])
         rows += [("this recipe", *planned, None), (BEST, best.parameters, best.tokens, None)]
     width = max(len("predicted"), *(len(row[0]) for row in rows))
     lines = [
-        f"{'predicted':{width}}{'parameters':>12}{'tokens':>8}{'law':>7}  {'95 %':<16}"
-        f"{'measured':>8}{'off':>8}{'Kaplan':>8}"
+        f"{'predicted':{width}}{'size':>7}{'tokens':>7}{'law':>6} {'95 %':<14}{'measured':>9}"
+        f"{'off':>8}{'Kaplan':>8}{'off':>8}"
     ]
     for name, parameters, tokens, loss in rows:
         found = fit.predicted(parameters, tokens)
-        measured = f"{NOTHING:>8}{NOTHING:>8}"
+        by_kaplan = other.loss(parameters, tokens)
+        measured, off, off_kaplan = [NOTHING] * 3
         if loss is not None:
-            measured = f"{loss:>8.3f}{found.loss / loss - 1:>+8.2%}"
+            measured = f"{loss:.3f}"
+            off, off_kaplan = (f"{one / loss - 1:+.2%}" for one in (found.loss, by_kaplan))
         lines.append(
-            f"{name:{width}}{short(parameters):>12}{short(tokens):>8}{found.loss:>7.3f}  "
-            f"{f'{found.low:.3f} to {found.high:.3f}':<16}{measured}"
-            f"{other.loss(parameters, tokens):>8.3f}"
+            f"{name:{width}}{short(parameters):>7}{short(tokens):>7}{found.loss:>6.3f} "
+            f"{f'{found.low:.3f} to {found.high:.3f}':<14}{measured:>9}"
+            f"{off:>8}{by_kaplan:>8.3f}{off_kaplan:>8}"
         )
     if planned:
         lines.append(f"this recipe: {fit.law.validity.said(*planned)}")

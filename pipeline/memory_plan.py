@@ -78,7 +78,7 @@ def memory_plan(
         accumulation = max(1, math.ceil(share / rows))
     usable = device.memory_bytes * (1 - KEPT_FREE)
     tried: list[Batch] = []
-    for name in _topologies(recipe, topology, devices):
+    for name in topologies(recipe, topology, devices):
         batch = Batch(
             model.shape, recipe.data.block_size, precision, name, devices, device.kind,
             recipe.optimizer.name, model.trained / model.parameters,
@@ -111,8 +111,12 @@ def memory_plan(
     )  # fmt: skip
 
 
-def _topologies(recipe: Recipe, asked: str | None, devices: int) -> list[str]:
-    """Return those to try, the one that sends least first."""
+def topologies(recipe: Recipe, asked: str | None, devices: int) -> list[str]:
+    """Return those to try, the one that sends least first.
+
+    Raises:
+        InputError: the one asked for does not go with the number of devices or the recipe.
+    """
     if asked is not None:
         if (asked == "none") != (devices == 1):
             raise InputError(
@@ -122,7 +126,7 @@ def _topologies(recipe: Recipe, asked: str | None, devices: int) -> list[str]:
         names = [asked]
     else:
         names = ["ddp", "fsdp2"] if devices > 1 else ["none"]
-    whole = recipe.optimizer.name == "muon" or recipe.model.lora_r is not None
+    whole = _is_whole(recipe)
     if whole and asked in ("fsdp2", "zero2", "zero3"):
         what = "model.lora_r" if recipe.model.lora_r is not None else "optimizer.name: muon"
         raise InputError(
@@ -132,9 +136,14 @@ def _topologies(recipe: Recipe, asked: str | None, devices: int) -> list[str]:
     return names[:1] if whole else names
 
 
+def _is_whole(recipe: Recipe) -> bool:
+    """Tell whether every device has to hold all of each matrix."""
+    return recipe.optimizer.name == "muon" or recipe.model.lora_r is not None
+
+
 def _config(topology: str, devices: int, kind: str) -> str:
-    if kind == "cpu" and devices == 1:
-        return "accelerate_configs/cpu.yaml"
+    if kind == "cpu" and topology in ("none", "ddp"):
+        return f"accelerate_configs/{'cpu' if devices == 1 else 'cpu_2'}.yaml"
     name = CONFIGS[topology]
     if devices > DEVICES_PER_MACHINE and topology in ("ddp", "fsdp2"):
         name = f"multi_node_{name}"
@@ -154,11 +163,10 @@ def _nothing_fits(recipe: Recipe, batch: Batch, hardware: Hardware, usable: floa
     remedies = []
     if not batch.is_checkpointed and batch._replace(is_checkpointed=True).peak_bytes(1) <= usable:
         remedies.append("--training.gradient_checkpointing true")
-    is_whole = recipe.optimizer.name == "muon" or recipe.model.lora_r is not None
     for count in (2, 4, 8, 16, 32, 64):
         divided = batch._replace(topology="fsdp2", devices=count, is_accumulating=False)
         is_other = count > hardware.count and hardware.device.kind != "cpu"
-        if not is_whole and is_other and divided.peak_bytes(1) <= usable:
+        if not _is_whole(recipe) and is_other and divided.peak_bytes(1) <= usable:
             remedies.append(f"{count} of these devices with fsdp2 and one batch per update")
             break
     remedies += ["a device with more memory", "a smaller model.config or data.block_size"]

@@ -65,7 +65,10 @@ def check_config(config: dict[str, Any]) -> None:
     for name in config:
         if name in DERIVED:
             raise InputError(f"model.config.{name}: is derived, leave it out: {DERIVED[name]}")
-    sizes = DEFAULTS | {name: config[name] for name in DEFAULTS if config.get(name) is not None}
+    stated = {
+        name: size for name in (*DEFAULTS, "n_inner") if (size := config.get(name)) is not None
+    }
+    sizes = DEFAULTS | stated
     if not all(isinstance(size, int) for size in sizes.values()):
         return  # GPT2Config refuses it
     for name, size in sizes.items():

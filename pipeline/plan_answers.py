@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import budgeting, json_file, plan_text, recipe_writing
+from pipeline.command_line import DEFAULT_RECIPE
 from pipeline.hardware import Hardware, budget, hardware
+from pipeline.model_shape import planned_model
 from pipeline.plan_options import PlanOptions
-from pipeline.recipe import InputError, Recipe
-from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, plan
+from pipeline.recipe import InputError, Recipe, read_recipe
+from pipeline.run_plan import NO_UPDATES_KNOWN, Plan, as_numbers, known_updates, plan
+from pipeline.text_size import text_size
+from pipeline.training_limits import check_limits
+
+TAKEN = ("tokenizer", "data", "cleaning", "generation")  # of a budget's --config
 
 
 class Answer(NamedTuple):
@@ -54,14 +60,20 @@ def answer(recipe: Recipe, options: PlanOptions) -> Answer:
 def _of_budget(recipe: Recipe, options: PlanOptions) -> Answer:
     path = recipe_writing.place_of(options.budget, options.recipe, overwrite=options.overwrite)
     machine, seconds = budget(options.budget)
-    named = options.model_copy(update={"config": str(path)})
-    choice = budgeting.choose(recipe, named, _with_mfu(machine, options.mfu), seconds)
-    recipe_writing.write(choice, path, budget=options.budget)
+    for name in _overridden(recipe, options):
+        if name.split(".")[0] not in TAKEN:
+            raise InputError(
+                f"--{name}: --budget chooses it; leave it out, and change it in the recipe that is "
+                "written"
+            )
+    machine = _with_mfu(machine, options.mfu)
+    choice = budgeting.choose(recipe, options, machine, seconds, file=str(path))
     commands = recipe_writing.launch_lines(choice, path)
     text = [
         plan_text.choice_table(choice, options.budget), "", _table(choice.plan), "",
-        f"recipe in {path}; launch it with", *(f"  {line}" for line in commands),
+        f"recipe in {path}; launch it with", *sum(map(plan_text.command_lines, commands), []),
     ]  # fmt: skip
+    recipe_writing.write(choice, path, budget=options.budget)
     numbers = {
         "budget": {"text": options.budget, "seconds": seconds},
         "recipe_file": str(path),
@@ -69,23 +81,45 @@ def _of_budget(recipe: Recipe, options: PlanOptions) -> Answer:
         "commands": commands,
         "plan": as_numbers(choice.plan),
     }
-    return Answer("\n".join(text), numbers, _drawing(choice.recipe, named, choice.plan))
+    return Answer("\n".join(text), numbers, _drawing(choice.recipe, options, choice.plan))
+
+
+def _overridden(recipe: Recipe, options: PlanOptions) -> list[str]:
+    """Return the fields that the command line has changed, by their dotted names."""
+    file = DEFAULT_RECIPE if options.config is None else Path(options.config)
+    here, there = _by_field(recipe.as_dict()), _by_field(read_recipe(file).as_dict())
+    return [n for n in {**here, **there} if (n in here, here.get(n)) != (n in there, there.get(n))]
+
+
+def _by_field(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        is_section = isinstance(value, dict) and value
+        found |= _by_field(value, f"{above}{name}.") if is_section else {above + name: value}
+    return found
 
 
 def _of_ladder(recipe: Recipe, options: PlanOptions) -> Answer:
     from pipeline import ladder, law_fit, law_picture, law_table  # SciPy, matplotlib
 
+    planned = None
+    if options.config is not None:
+        check_limits(recipe.training)
+        model = planned_model(recipe)
+        updates = known_updates(recipe, text_size(recipe, model.shape.vocabulary))
+        if updates is None:
+            raise InputError(f"{options.config}: {NO_UPDATES_KNOWN}")
+        planned = model.parameters, updates * recipe.tokens_per_update
+    elif changed := _overridden(recipe, options):
+        raise InputError(
+            f"--{changed[0]}: with --fit it changes the recipe whose loss is foretold; name that "
+            "one with --config, too"
+        )
     named = {Path(name).resolve(): name for name in [*options.fit, *options.leave_out]}
     left_out = ladder.points(options.leave_out) if options.leave_out else []
     gone = {(run.parameters, run.tokens) for run in left_out}
     every = ladder.points(list(named.values()))  # checked to be comparable, together
     found = law_fit.fit([run for run in every if (run.parameters, run.tokens) not in gone])
-    planned = None
-    if options.config is not None:
-        here = plan(recipe, options, _with_mfu(hardware(options.hardware), options.mfu))
-        if here.work.tokens is None:
-            raise InputError(f"{options.config}: {NO_UPDATES_KNOWN}")
-        planned = here.model.parameters, here.work.tokens
 
     def draw(path: str | None) -> None:
         if path is not None:
@@ -124,5 +158,5 @@ def _with_mfu(machine: Hardware, mfu: float | None) -> Hardware:
     """Return the hardware at the MFU that a person states."""
     if mfu is None:
         return machine
-    source = f"MFU by --mfu, instead of {machine.device.mfu:.1%}: {machine.device.source}"
-    return machine._replace(device=machine.device._replace(mfu=mfu, source=source))
+    stated = {"mfu": mfu, "mfu_source": "stated by --mfu", "mfu_by_size": ()}
+    return machine._replace(device=machine.device._replace(**stated))

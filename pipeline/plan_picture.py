@@ -19,18 +19,16 @@ from pipeline.wording import duration, short, storage
 
 SIZE, DPI = (12.8, 6.4), 100  # 1,280 pixels wide
 AROUND = 12.0  # times larger and smaller than this model
-TIMES = (
-    1,
-    10,
-    60,
-    600,
-    3600,
-    36_000,
-    86_400,
-    864_000,
-    8_640_000,
-    86_400_000,
-)  # seconds, on the axis
+# Seconds, on the axis of time: days on by tens, beyond what anyone waits for.
+TIMES = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36_000, *(86_400 * 10**n for n in range(15)))
+# Each part of the memory has its own colour in every picture.
+PART_COLOURS = dict(
+    zip(
+        ("weights", "gradients", "optimizer", "activations", "buffers", "copies", "loss", "work",
+         "holes", "checkpoint", "process"),
+        (*COLOURS, "#8d5524", "#5b7f2b", "#444c5c"), strict=True,
+    )
+)  # fmt: skip
 SMALL = 0.09  # of the bar: narrower parts have their name in the legend alone
 
 
@@ -54,9 +52,9 @@ def _memory(axes: Axes, plan: Plan) -> None:
     if memory.peak_bytes < 0.08 * memory.device_bytes:  # a bar too short to be read
         end = memory.peak_bytes * 1.6
     sizes = {part: size for part, size in memory.bytes_by_part.items() if size}
-    for number, (part, size) in enumerate(sizes.items()):
+    for part, size in sizes.items():
         label = f"{part} {storage(size)}"
-        colour = COLOURS[number % len(COLOURS)]
+        colour = PART_COLOURS[part]
         axes.barh(0, size / 1e9, left=start / 1e9, color=colour, label=label, edgecolor="white")
         if size > SMALL * end:
             axes.text((start + size / 2) / 1e9, 0, part, ha="center", va="center", fontsize=9,
@@ -73,6 +71,7 @@ def _memory(axes: Axes, plan: Plan) -> None:
     of = f"{storage(memory.peak_bytes)} of {storage(memory.device_bytes)}"
     shared = "" if memory.topology == "none" else f", {memory.topology}"
     how = "" if memory.phase else ", an upper bound"
+    how += "" if memory.is_fitting else ": DOES NOT FIT"
     axes.set_title(
         f"Memory of each device: {of}{how} ({memory.precision}{shared}, "
         f"{memory.rows_per_device} rows at once)", loc="left", fontsize=10,
@@ -100,13 +99,13 @@ def _cost(axes: Axes, plan: Plan, price_per_hour: float | None) -> None:
     if cost.training_seconds is not None:
         hours = cost.training_seconds / 3600
         axes.plot([here], [hours], "*", color="black", markersize=14, label="this recipe")
-        axes.annotate(duration(cost.training_seconds), (here, hours), xytext=(10, -12),
+        axes.annotate(_time(cost.training_seconds), (here, hours), xytext=(10, -12),
                       textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda hours, _: duration(hours * 3600)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda hours, _: _time(hours * 3600)))
     axes.yaxis.set_major_locator(FixedLocator([seconds / 3600 for seconds in TIMES]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("parameters (sizes of GPT-2's kind, with this vocabulary)")
@@ -116,6 +115,10 @@ def _cost(axes: Axes, plan: Plan, price_per_hour: float | None) -> None:
         each = price_per_hour * plan.hardware.count
         money = axes.secondary_yaxis("right", functions=(lambda h: h * each, lambda m: m / each))
         money.set_ylabel(f"price, at {price_per_hour:g} per device-hour")
-        money.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}"))
+        money.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_title("What other sizes would take on the same devices", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 1 else duration(seconds)

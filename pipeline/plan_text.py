@@ -1,4 +1,4 @@
-"""A plan as a person reads it in a terminal: a table of at most 100 columns."""
+"""A plan as a person reads it in a terminal of 80 columns."""
 
 import datetime
 import math
@@ -6,10 +6,11 @@ import textwrap
 
 from pipeline.budgeting import Choice
 from pipeline.run_plan import Plan
-from pipeline.wording import duration, short, storage
+from pipeline.wording import duration, finishing, short, storage
 
 NO_LAWS = "they are of models that begin with nothing, and a number of tokens that is known"
-WIDTH, INDENT = 96, 26  # columns of a line, and of the names at its beginning
+WIDTH, INDENT = 78, 22  # columns of a line, and of the names at its beginning
+WHOLE = None  # instead of a name: a line that begins where names do
 
 
 def table(plan: Plan, *, now: datetime.datetime) -> str:
@@ -40,7 +41,7 @@ def table(plan: Plan, *, now: datetime.datetime) -> str:
 
 def choice_table(choice: Choice, budget: str) -> str:
     """Return the sizes that a budget was offered, and why this one was taken."""
-    rows = [["size", "parameters", "tokens", "per parameter", "times the text", "its loss", ""]]
+    rows = [["size", "parameters", "tokens", "per parameter", "of the text", "its loss", ""]]
     least = choice.candidates[choice.chosen].loss
     for number, one in enumerate(choice.candidates):
         rows.append([
@@ -67,17 +68,28 @@ def aligned(rows: list[list[str]]) -> list[str]:
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("   ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def _row(name: str, said: str) -> list[str]:
-    lines = textwrap.wrap(said, WIDTH - INDENT - 2) or [""]
-    first = f"  {name}".ljust(INDENT) + "  "
-    return [first + lines[0], *(" " * (INDENT + 2) + line for line in lines[1:])]
+def command_lines(command: str) -> list[str]:
+    """Return a command over as many lines as it takes, to be pasted whole."""
+    lines = textwrap.wrap(
+        command, WIDTH - 2, initial_indent="  ", subsequent_indent="    ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _model(plan: Plan) -> list[tuple[str, str]]:
+def _row(name: str | None, said: str) -> list[str]:
+    if name is WHOLE:
+        return [f"  {said}"]
+    lines = textwrap.wrap(said, WIDTH - INDENT, break_on_hyphens=False) or [""]
+    first = f"  {name}".ljust(INDENT)
+    return [first + lines[0], *(" " * INDENT + line for line in lines[1:])]
+
+
+def _model(plan: Plan) -> list[tuple[str | None, str]]:
     model, shape = plan.model, plan.model.shape
     parts = [
         [part, f"{count:,}", f"{count / model.parameters:.1%}"]
@@ -94,7 +106,7 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
     return rows + [("", line) for line in aligned(parts)]
 
 
-def _work(plan: Plan) -> list[tuple[str, str]]:
+def _work(plan: Plan) -> list[tuple[str | None, str]]:
     work, memory = plan.work, plan.memory
     rows = [
         ("FLOPs per token", f"{_power(work.flops_per_token)} (6 N + 12 layers x width x block)"),
@@ -107,8 +119,8 @@ def _work(plan: Plan) -> list[tuple[str, str]]:
             1,
             (
                 "",
-                f"{_power(work.exact_flops_per_token)} in matrix products alone, "
-                f"without the head {_power(work.exact_flops_per_token_without_head)}",
+                f"{_power(work.exact_flops_per_token)} in matrix products, "
+                f"{_power(work.exact_flops_per_token_without_head)} without the head",
             ),
         )
     if work.tokens is not None:
@@ -122,7 +134,7 @@ def _work(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory(plan: Plan) -> list[tuple[str, str]]:
+def _memory(plan: Plan) -> list[tuple[str | None, str]]:
     memory = plan.memory
     parts = [
         [part, storage(size), f"{size / memory.device_bytes:.1%}"]
@@ -134,15 +146,16 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         ("how", f"{memory.precision}, {memory.topology}{checkpointed}, "
          f"{memory.rows_per_device} row(s) at once"),
         *(("", line) for line in aligned(parts)),
-        (f"most, in phase {memory.phase}" if memory.phase else "at most",
-         f"{storage(memory.peak_bytes)} of {storage(memory.device_bytes)}: "
+        ("at its most" if memory.phase else "at most",
+         f"{storage(memory.peak_bytes)} of {storage(memory.device_bytes)}"
+         + (f", in phase {memory.phase}: " if memory.phase else ": ")
          + ("fits" if memory.is_fitting else "DOES NOT FIT")),
         ("largest batch", f"{memory.largest_rows:,} rows (a power of two, a tenth kept free)"),
         ("launch with", memory.accelerate_config),
     ]  # fmt: skip
 
 
-def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
+def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str | None, str]]:
     cost, hardware = plan.cost, plan.hardware
     total = cost.peak_flops / 1e12
     rows = [
@@ -158,14 +171,17 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
     rows.append(("speed", f"{cost.tokens_per_second:,.0f} tokens/s"))
     if cost.seconds is None:
         return rows
-    measured = f", of them {duration(cost.evaluation_seconds)} for {cost.evaluations} evaluation(s)"
-    measured += " and the final one" if cost.evaluation_seconds else ""
-    ends = now + datetime.timedelta(seconds=cost.seconds)
-    rows.append(("time", duration(cost.seconds) + (measured if cost.evaluation_seconds else "")))
+    taken = duration(cost.seconds)
+    if cost.evaluation_seconds:
+        taken += (
+            f", of them {duration(cost.evaluation_seconds)} for {cost.evaluations:,} evaluation(s) "
+            "and the final one"
+        )
+    rows.append(("time", taken))
     rows.append(
         (
             "",
-            f"started now it ends {ends:%a %d %b %Y, %H:%M}; compiling, preparing the text and "
+            f"begun now it ends {finishing(cost.seconds, now)}; compiling, preparing the text and "
             "saving come on top",
         )
     )
@@ -179,7 +195,7 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str, str]]:
     return rows
 
 
-def _laws(plan: Plan) -> list[tuple[str, str]]:
+def _laws(plan: Plan) -> list[tuple[str | None, str]]:
     laws = plan.laws
     if laws is None:
         return [("", NO_LAWS)]
@@ -196,12 +212,21 @@ def _laws(plan: Plan) -> list[tuple[str, str]]:
         f"{laws.tokens_per_parameter:.3g}", f"{here:.3f}" if here else "",
     ])  # fmt: skip
     rows = [
-        ("tokens per parameter", f"{laws.tokens_per_parameter:.3g}: {laws.verdict}"),
-        *(("", line) for line in aligned(optima)),
+        ("tokens/parameter", f"{laws.tokens_per_parameter:.3g}: {laws.verdict}"),
+        *((WHOLE, line) for line in aligned(optima)),
     ]  # fmt: skip
+    # Of approach 3 the laws stand below, beside the loss that they foretell.
+    rows += [
+        (f"approach {name[0]}", f"{best.law} ({best.source})")
+        for name, best in laws.optima.items() if best.loss is None
+    ]  # fmt: skip
+    rows.append(("approach 3 twice", laws.why_both))
     for name, found in laws.predictions.items():
         loss = f"{found.loss:.3f}" if found.loss else f"none below ln(vocabulary), {most:.2f}"
-        rows.append((f"loss, {name}", f"{loss} ({found.source}; {found.validity})"))
+        rows += [
+            (f"loss, {name}", f"{loss}; {found.validity}"),
+            ("", f"{found.law} ({found.source})"),
+        ]
     return rows + [
         ("critical batch", f"{short(laws.critical_batch_tokens)} tokens at Kaplan's loss; an "
          f"update has {short(plan.work.tokens_per_update)}"),

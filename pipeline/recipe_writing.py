@@ -19,11 +19,13 @@ def place_of(budget: str, asked: str | None, *, overwrite: bool) -> Path:
     """Return the file to write.
 
     Raises:
-        InputError: it is there already.
+        InputError: it is a folder, or there already.
     """
     words = "".join(c if c.isalnum() or c in ".-" else " " for c in budget.split("/")[-1]).split()
     path = PLACE / f"{'_'.join(words)}.yaml" if asked is None else Path(asked)
-    if path.is_dir() or path.exists() and not overwrite:
+    if path.is_dir():
+        raise InputError(f"--recipe {path}: is a folder; name a file in it")
+    if path.exists() and not overwrite:
         raise InputError(
             f"--recipe {path}: is there already; name another file, or replace it with --overwrite"
         )
@@ -60,7 +62,7 @@ def launch_lines(choice: Choice, path: Path) -> list[str]:
     """Return the commands that prepare the text and train."""
     count = choice.hardware.count
     launch = f"accelerate launch --quiet --config_file {choice.plan.memory.accelerate_config}"
-    if count > DEVICES_PER_MACHINE:
+    if count > DEVICES_PER_MACHINE and choice.hardware.device.kind != "cpu":
         machines = -(-count // DEVICES_PER_MACHINE)
         launch += (
             f" --num_machines {machines} --num_processes {count} --machine_rank R "
@@ -76,15 +78,15 @@ def launch_lines(choice: Choice, path: Path) -> list[str]:
 
 def _arithmetic(choice: Choice, budget: str) -> str:
     plan, work, memory = choice.plan, choice.plan.work, choice.plan.memory
-    cost = plan.cost
+    cost, device = plan.cost, choice.hardware.device
+    known = "measured" if device.is_measured else "assumed" if device.mfu_by_size else "stated"
     return (
         f"{plan.model.parameters:,} parameters in {duration(choice.seconds)} on "
         f"{choice.hardware.title} (plan.py --budget {budget!r}). {work.tokens_per_update:,} tokens "
         f"per update ({plan.block_size:,} x {memory.rows_per_device} rows x {memory.devices} "
         f"device(s) x {memory.accumulation}) x {work.updates:,} updates = {short(work.tokens)} "
         f"tokens. {work.flops_per_token:.3g} FLOPs a token, {cost.tokens_per_second:,.0f} tokens/s "
-        f"({memory.precision}, MFU {cost.mfu:.1%}, "
-        f"{'measured' if choice.hardware.is_measured else 'assumed'}) = "
+        f"({memory.precision}, MFU {cost.mfu:.1%}, {known}) = "
         f"{duration(cost.seconds)}, evaluations included; compiling and preparing the text are not."
     )
 

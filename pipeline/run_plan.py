@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from pipeline import scaling_laws
-from pipeline.cost_plan import CostPlan, cost_plan
+from pipeline.cost_plan import CostPlan, cost_plan, is_compiled
 from pipeline.hardware import Hardware
 from pipeline.memory_plan import MemoryPlan, is_blockwise, memory_plan
 from pipeline.model_shape import PlannedModel, planned_model
@@ -14,7 +14,9 @@ from pipeline.plan_options import PlanOptions
 from pipeline.planning import flops_by_part, flops_per_token, parameters_by_part
 from pipeline.recipe import InputError, Recipe
 from pipeline.text_size import TextSize, text_size
+from pipeline.training_limits import check_limits
 
+MOST_UPDATES = 10**12  # the largest runs make millions
 NO_UPDATES_KNOWN = (
     "how long this run is, is known when its text is prepared; --training.max_steps N plans it now"
 )
@@ -47,7 +49,9 @@ class Prediction(NamedTuple):
 
     loss: float | None
     """None where the law gives more than a guess among all entries has, ln(vocabulary)."""
+    law: str
     source: str
+    constants: dict[str, float]
     validity: str
 
 
@@ -58,6 +62,8 @@ class LawPlan(NamedTuple):
     verdict: str
     optima: dict[str, scaling_laws.Optimum]
     """For the same 6 N D, by approach."""
+    why_both: str
+    """Of the third approach's two sets of constants."""
     predictions: dict[str, Prediction]
     critical_batch_tokens: float
     """At the loss that Kaplan's law foretells, from whose runs the critical batch comes."""
@@ -84,25 +90,24 @@ def plan(recipe: Recipe, options: PlanOptions, hardware: Hardware) -> Plan:
     """Return the plan of a recipe on a machine.
 
     Raises:
-        InputError: what `planned_model`, `text_size`, `memory_plan` and `Hardware.precision` raise.
+        InputError: what `check_limits`, `planned_model`, `text_size`, `memory_plan` and
+            `Hardware.precision` raise.
     """
+    check_limits(recipe.training)
     model = planned_model(recipe)
     parts = parameters_by_part(model.shape)
     if adapter := model.parameters - sum(parts.values()):
         parts["adapter"] = adapter
     inside = model.parameters - parts["embedding"] - parts["positions"]
+    hardware = hardware.of_step(model.parameters, is_compiled=is_compiled(recipe))
     memory = memory_plan(recipe, model, hardware, topology=options.topology)
     text = text_size(recipe, model.shape.vocabulary)
-    if updates_of(recipe, text.tokens) == 0:
-        raise InputError(
-            f"the text has {text.tokens:,.0f} tokens ({text.source}), and an update takes "
-            f"{recipe.tokens_per_update:,}: give more text, or a smaller tokens_per_update"
-        )
-    work = _work(recipe, model, text, memory, hardware)
+    updates = known_updates(recipe, text)
+    work = _work(recipe, model, text, hardware, updates)
     cost = cost_plan(
         recipe, model, hardware, memory, flops_per_token=work.flops_per_token, tokens=work.tokens,
-        updates=work.updates, epochs=work.epochs, held_out_tokens=text.held_out_tokens,
-        price_per_hour=options.price_per_hour,
+        updates=work.updates, epochs=work.epochs, validation_tokens=text.validation_tokens,
+        test_tokens=text.test_tokens, price_per_hour=options.price_per_hour,
     )  # fmt: skip
     laws = None
     if work.tokens is not None and recipe.model.pretrained is None:
@@ -127,7 +132,28 @@ def updates_of(recipe: Recipe, text_tokens: float | None) -> int | None:
     if text_tokens is None:
         return None
     in_epoch = int(text_tokens // recipe.tokens_per_update)
-    return math.ceil(recipe.training.get("num_train_epochs", 3.0) * in_epoch)
+    epochs = recipe.training.get("num_train_epochs", 3.0)
+    return math.ceil(min(2.0 * MOST_UPDATES, epochs * in_epoch))  # infinite ones, too
+
+
+def known_updates(recipe: Recipe, text: TextSize) -> int | None:
+    """Return `updates_of`, where they can be made.
+
+    Raises:
+        InputError: the text does not fill one update, or there are more than anyone makes.
+    """
+    updates = updates_of(recipe, text.tokens)
+    if updates == 0:
+        raise InputError(
+            f"the text has {text.tokens:,.0f} tokens ({text.source}), and an update takes "
+            f"{recipe.tokens_per_update:,}: give more text, or a smaller tokens_per_update"
+        )
+    if updates is not None and updates > MOST_UPDATES:
+        raise InputError(
+            f"training.max_steps, or training.num_train_epochs: no run makes more than "
+            f"{MOST_UPDATES:,} updates; give fewer"
+        )
+    return updates
 
 
 def as_numbers(value: Any) -> Any:
@@ -143,8 +169,8 @@ def _work(
     recipe: Recipe,
     model: PlannedModel,
     text: TextSize,
-    memory: MemoryPlan,
     hardware: Hardware,
+    updates: int | None,
 ) -> WorkPlan:
     shape, block_size = model.shape, recipe.data.block_size
     asked = {"layers": shape.layers, "width": shape.width, "block_size": block_size}
@@ -155,7 +181,6 @@ def _work(
         exact = flops_by_part(
             shape, block_size=block_size, is_blockwise=is_blockwise(recipe, hardware.device.kind)
         )
-    updates = updates_of(recipe, text.tokens)
     tokens = None if updates is None else updates * recipe.tokens_per_update
     return WorkPlan(
         whole, exact and sum(exact.values()),
@@ -171,20 +196,27 @@ def _laws(model: PlannedModel, inside: int, tokens: int) -> LawPlan:
     count, most = model.parameters, math.log(model.shape.vocabulary)
     hoffmann, again = scaling_laws.HOFFMANN, scaling_laws.BESIROGLU
     kaplan = scaling_laws.kaplan_loss(inside, tokens)
-    of_kaplan = scaling_laws.KAPLAN_SOURCE, scaling_laws.KAPLAN_VALIDITY.said(inside, tokens)
+    by_sum = (("Hoffmann", hoffmann), ("fitted again", again))
     found = {
-        "Hoffmann": Prediction(
-            hoffmann.loss(count, tokens), hoffmann.source, hoffmann.validity.said(count, tokens)
-        ),
-        "fitted again": Prediction(
-            again.loss(count, tokens), again.source, again.validity.said(count, tokens)
-        ),
-        "Kaplan": Prediction(kaplan, *of_kaplan),
-    }
+        name: Prediction(
+            law.loss(count, tokens), law.formula, law.source, law.constants,
+            law.validity.said(count, tokens),
+        ) for name, law in by_sum
+    }  # fmt: skip
+    found["Kaplan"] = Prediction(
+        kaplan, scaling_laws.KAPLAN_FORMULA, scaling_laws.KAPLAN_SOURCE,
+        scaling_laws.KAPLAN_CONSTANTS, scaling_laws.KAPLAN_VALIDITY.said(inside, tokens),
+    )  # fmt: skip
+    alone = ((inside, scaling_laws.KAPLAN_OF_PARAMETERS), (tokens, scaling_laws.KAPLAN_OF_TOKENS))
+    for value, law in alone:
+        found[f"Kaplan L({law.of})"] = Prediction(
+            law.loss(value), law.formula, law.source, law.constants, law.said(value)
+        )
     return LawPlan(
         tokens / count,
         scaling_laws.verdict(count, tokens),
         scaling_laws.compute_optimal(float(scaling_laws.FLOPS) * count * tokens),
+        scaling_laws.WHY_BOTH,
         {n: p if p.loss < most else p._replace(loss=None) for n, p in found.items()},
         scaling_laws.critical_batch_tokens(min(kaplan, most)),
     )

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from pipeline.wording import short
 
 FLOPS = 6  # of training, per parameter and token
-PETAFLOP_DAY = 1e15 * 86_400
 HOFFMANN_2022 = "Hoffmann et al. 2022"  # Training Compute-Optimal Large Language Models, 2203.15556
 KAPLAN_2020 = "Kaplan et al. 2020"  # Scaling Laws for Neural Language Models, 2001.08361
 
@@ -22,10 +21,6 @@ class Validity(NamedTuple):
     parameters: tuple[float, float]
     tokens: tuple[float, float]
     conditions: str
-
-    def is_within(self, parameters: float, tokens: float) -> bool:
-        """Tell whether a run is among what the law was fitted from."""
-        return not any(self._beyond(parameters, tokens))
 
     def said(self, parameters: float, tokens: float) -> str:
         """Return whether a run is within, or extrapolated and from what."""
@@ -52,7 +47,9 @@ class Optimum(NamedTuple):
     tokens: float
     loss: float | None
     """In nats per token, where the approach tells it."""
+    law: str
     source: str
+    constants: dict[str, float]
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -81,7 +78,18 @@ class Law(NamedTuple):
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = ratio * (flops / FLOPS) ** a
         tokens = flops / (FLOPS * parameters)
-        return Optimum(parameters, tokens, self.loss(parameters, tokens), self.source)
+        loss = self.loss(parameters, tokens)
+        return Optimum(parameters, tokens, loss, self.formula, self.source, self.constants)
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """E, A, B, alpha and beta."""
+        return {name: getattr(self, name) for name in ("E", "A", "B", "alpha", "beta")}
+
+    @property
+    def formula(self) -> str:
+        """The law as it is written."""
+        return f"{self.E:g} + {self.A:g} / N^{self.alpha:g} + {self.B:.6g} / D^{self.beta:g}"
 
 
 # Sections 3 and 4.1; appendix F: "we also count embeddings matrices in the total parameter count".
@@ -93,13 +101,13 @@ HOFFMANN_VALIDITY = Validity(
 # Their approach 3; appendix D.2, equation 10.
 HOFFMANN = Law(
     1.69, 406.4, 410.7, 0.34, 0.28,
-    f"{HOFFMANN_2022}, approach 3 (appendix D.2)", HOFFMANN_VALIDITY,
+    f"{HOFFMANN_2022}, approach 3, appendix D.2", HOFFMANN_VALIDITY,
 )  # fmt: skip
 # Besiroglu et al. 2024, Chinchilla Scaling: A replication attempt, 2404.10102, table 1: fitted to
 # 240 of the runs, read off a figure.
 BESIROGLU = Law(
     1.8172, 482.01, 2085.43, 0.3478, 0.3658,
-    "Besiroglu et al. 2024, re-fit of approach 3 (table 1)", HOFFMANN_VALIDITY,
+    "Besiroglu et al. 2024, re-fit of approach 3, table 1", HOFFMANN_VALIDITY,
 )  # fmt: skip
 WHY_BOTH = (
     "Approach 3 as published is rounded, and its fit had stopped too early: at 5.76e23 FLOPs it "
@@ -114,8 +122,8 @@ ABOUT = 2
 # N is proportional to C^a (table 2), through the budget of Gopher in figures 2 and 3.
 GOPHER_FLOPS = 5.76e23
 APPROACHES = {
-    "1: training curves": (67e9, 0.50, f"{HOFFMANN_2022}, approach 1 (tables 2 and 3)"),
-    "2: isoFLOP curves": (63e9, 0.49, f"{HOFFMANN_2022}, approach 2 (table 2, figure 3)"),
+    "1: training curves": (67e9, 0.50, "tables 2 and 3"),
+    "2: isoFLOP curves": (63e9, 0.49, "table 2, figure 3"),
 }
 
 
@@ -126,9 +134,14 @@ def compute_optimal(flops: float) -> dict[str, Optimum]:
     (`WHY_BOTH`). D = C / 6 N.
     """
     found = {}
-    for name, (parameters, exponent, source) in APPROACHES.items():
+    for name, (parameters, exponent, where) in APPROACHES.items():
         best = parameters * (flops / GOPHER_FLOPS) ** exponent
-        found[name] = Optimum(best, flops / (FLOPS * best), None, source)
+        found[name] = Optimum(
+            best, flops / (FLOPS * best), None,
+            f"N = {short(parameters)} x (C / {GOPHER_FLOPS:g})^{exponent:.2f}".replace("e+", "e"),
+            f"{HOFFMANN_2022}, {where}",
+            {"N": parameters, "C": GOPHER_FLOPS, "exponent": exponent},
+        )  # fmt: skip
     found["3: parametric loss"] = HOFFMANN.optimum(flops)
     found["3: fitted again"] = BESIROGLU.optimum(flops)
     return found
@@ -161,26 +174,57 @@ def _times(factor: float) -> str:
 class PowerLaw(NamedTuple):
     """L(x) = (scale / x)^exponent, where nothing but x limits the loss."""
 
+    of: str
+    """N, parameters without embeddings, or D, tokens."""
     scale: float
     exponent: float
     source: str
+    fitted: tuple[float, float]
+    """The x of the runs that it was fitted from."""
+    condition: str
+    """Of what else has to be there, so that it does not limit the loss."""
 
     def loss(self, value: float) -> float:
         """Return the loss in nats per token."""
         return (self.scale / value) ** self.exponent
 
+    def said(self, value: float) -> str:
+        """Return the condition, and whether x is within what it was fitted from."""
+        everything = (0, math.inf)
+        ends = (self.fitted, everything) if self.of == "N" else (everything, self.fitted)
+        return f"{self.condition}; {Validity(*ends, '').said(value, value)}"
 
-KAPLAN_OF_PARAMETERS = PowerLaw(8.8e13, 0.076, f"{KAPLAN_2020}, equation 1.1")
-KAPLAN_OF_TOKENS = PowerLaw(5.4e13, 0.095, f"{KAPLAN_2020}, equation 1.2")
-# C_min: operations at a batch far below the critical one, with the best N for them.
-KAPLAN_OF_FLOPS = PowerLaw(3.1e8 * PETAFLOP_DAY, 0.050, f"{KAPLAN_2020}, equation 1.3")
+    @property
+    def constants(self) -> dict[str, float]:
+        """The scale and the exponent, under the paper's names."""
+        return {f"{self.of}_c": self.scale, f"alpha_{self.of}": self.exponent}
+
+    @property
+    def formula(self) -> str:
+        """The law as it is written."""
+        scale = f"{self.scale:g}".replace("e+", "e")
+        return f"({scale} / {self.of})^{self.exponent}"
+
+
 # The joint fit has constants of its own (table 2).
 KAPLAN_N, KAPLAN_ALPHA_N, KAPLAN_D, KAPLAN_ALPHA_D = 6.4e13, 0.076, 1.8e13, 0.103
-KAPLAN_SOURCE = f"{KAPLAN_2020}, equation 1.5 with table 2"
+KAPLAN_CONSTANTS = {
+    "N_c": KAPLAN_N, "alpha_N": KAPLAN_ALPHA_N, "D_c": KAPLAN_D, "alpha_D": KAPLAN_ALPHA_D,
+}  # fmt: skip
+KAPLAN_FORMULA = "((6.4e13 / N)^(0.076 / 0.103) + 1.8e13 / D)^0.103"
+KAPLAN_SOURCE = f"{KAPLAN_2020}, equation 1.5, table 2; N without embeddings"
 KAPLAN_VALIDITY = Validity(
     (768, 1.5e9), (22e6, 23e9),
     "parameters without embeddings; WebText2 in GPT-2's BPE (50,257), 1,024 tokens of context; "
     "trained until the loss no longer falls",
+)  # fmt: skip
+KAPLAN_OF_PARAMETERS = PowerLaw(
+    "N", 8.8e13, 0.076, f"{KAPLAN_2020}, equation 1.1", KAPLAN_VALIDITY.parameters,
+    "on endless text",
+)  # fmt: skip
+KAPLAN_OF_TOKENS = PowerLaw(
+    "D", 5.4e13, 0.095, f"{KAPLAN_2020}, equation 1.2", KAPLAN_VALIDITY.tokens,
+    "in a model large enough",
 )  # fmt: skip
 KAPLAN_BATCH, KAPLAN_ALPHA_B = 2e8, 0.21  # equation 1.4
 

@@ -32,8 +32,8 @@ class TextSize(NamedTuple):
     """How that is known."""
     is_counted: bool = False
     """Whether rows were counted, and not estimated."""
-    held_out_tokens: float | None = None
-    """Of validation and test together."""
+    validation_tokens: float | None = None
+    test_tokens: float | None = None
 
 
 def text_size(recipe: Recipe, vocabulary: int) -> TextSize:
@@ -58,10 +58,13 @@ def text_size(recipe: Recipe, vocabulary: int) -> TextSize:
         weighted = zip(sizes, section.all_sources, strict=True)
         total = min(tokens / source.weight for (tokens, _), source in weighted if source.weight)
         why += "; the weights of data.sources leave out some"
-    held_out = sum(section.held_out_fraction(split) for split in ("validation", "test"))
-    tokens = math.floor(total * (1 - held_out) / section.block_size) * section.block_size
-    own = any(section.has_own(split) for split in ("validation", "test"))
-    return TextSize(tokens, f"estimated: {why}", held_out_tokens=None if own else total * held_out)
+    shares = {split: section.held_out_fraction(split) for split in ("validation", "test")}
+    left = 1 - sum(shares.values())
+    tokens = math.floor(total * left / section.block_size) * section.block_size
+    held_out = (
+        None if section.has_own(split) else total * share for split, share in shares.items()
+    )
+    return TextSize(tokens, f"estimated: {why}", False, *held_out)
 
 
 def bytes_per_token(vocabulary: int) -> float:
@@ -86,7 +89,7 @@ def _counted(recipe: Recipe) -> TextSize | None:
         return None
     try:
         rows = facts["train"]["rows"]
-        held_out = sum(facts[split]["tokens"] for split in ("validation", "test"))
+        held_out = [facts[split]["tokens"] for split in ("validation", "test")]
         of_sources = [source["rows"] for source in facts["sources"]]
     except (KeyError, TypeError):
         return None
@@ -95,7 +98,7 @@ def _counted(recipe: Recipe) -> TextSize | None:
 
         rows = sum(taken for _, _, taken in mixture(of_sources, section))
     source = f"counted: the rows prepared in {folder}"
-    return TextSize(rows * section.block_size, source, True, held_out)
+    return TextSize(rows * section.block_size, source, True, *held_out)
 
 
 def _estimated(source: SourceSection, vocabulary: int) -> tuple[float | None, str]:

@@ -12,7 +12,10 @@ AMOUNT = "amount"  # a form: five digits, and from a hundred thousand on three a
 
 def finite(value: Any) -> bool:
     """Tell whether a value is a number that can be shown."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def written(value: Any, form: str) -> str:
@@ -40,7 +43,7 @@ def duration(seconds: float) -> str:
     large = next(number for number, (size, _) in enumerate(units) if seconds >= size)
     (size, unit), (small, small_unit) = units[large], units[large + 1]
     rest = int(seconds % size // small)
-    return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")
+    return f"{int(seconds // size):,} {unit}" + (f" {rest} {small_unit}" if rest else "")
 
 
 def storage(size: float) -> str:
@@ -50,10 +53,10 @@ def storage(size: float) -> str:
     return f"{size / large:#.3g}".rstrip(".") + f" {unit}"
 
 
-def finishing(seconds: float) -> str:
+def finishing(seconds: float, now: datetime.datetime | None = None) -> str:
     """Return when something ends that takes so long from now on, in local time."""
     try:
-        end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        end = (now or datetime.datetime.now()) + datetime.timedelta(seconds=seconds)
     except OverflowError:
-        return "the end of days"
+        return f"after the year {datetime.MAXYEAR}"
     return f"{end:%Y-%m-%d %H:%M}"

@@ -28,6 +28,12 @@ def noisy(loss: float, noise: float, source: np.random.Generator) -> float:
     return float(loss * np.exp(noise * source.standard_normal()))
 
 
+def without_largest(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Return all runs but the one of most operations, and that one, for the others to foretell."""
+    largest = max(runs, key=lambda run: run.flops)
+    return [run for run in runs if run != largest], [largest]
+
+
 def write_metrics(folder: Path, run: Run, **others) -> Path:
     """Write what a fit reads of a run's metrics.json, and return its path."""
     values = {

@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from pipeline import devices
-from pipeline.devices import DEVICES, device_called, product_rates_path
+from pipeline.devices import CPU_MFU, DEVICES, UNCOMPILED, device_called, product_rates_path
+from pipeline.footprint import board_watts
 from pipeline.hardware import budget, hardware
 from pipeline.recipe import InputError
 
@@ -38,9 +39,10 @@ def rates(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_a_gpu_is_as_its_data_sheet_says(name, gigabytes, half, watts):
     device = DEVICES[name]
-    assert (device.memory_bytes, device.watts) == (gigabytes * 1e9, watts)
+    assert device.memory_bytes == gigabytes * 1e9
+    assert board_watts(device.title) == (watts, True)
     assert device.flops["fp16"] == half * 1e12 and device.kind == "cuda"
-    assert device.source and not device.is_measured and 0 < device.mfu < 1
+    assert device.source and device.mfu_source and not device.is_measured and 0 < device.mfu < 1
     assert ("bf16" in device.flops) == (name not in ("v100", "t4"))
 
 
@@ -102,6 +104,28 @@ def test_a_rate_is_the_devices_share_of_the_data_sheet():
     assert not found.is_measured
 
 
+@pytest.mark.parametrize("name", ["h100", "t4", "apple"])
+def test_a_gpu_s_share_is_the_same_at_every_size(name):
+    device = DEVICES["apple-m1" if name == "apple" else name]
+    for parameters in (1_000, 124_439_808, 10**10):
+        assert device.of_step(parameters, is_compiled=True) == device
+    left = 1 if name == "apple" else UNCOMPILED["cuda"][0]
+    assert device.of_step(10**9, is_compiled=False).mfu == device.mfu * left
+
+
+def test_a_cpu_s_share_lies_between_those_that_were_measured():
+    device = hardware("cpu").device
+    shares = [device.of_step(n, is_compiled=True).mfu for n, _ in CPU_MFU]
+    assert shares == pytest.approx([share for _, share in CPU_MFU])
+    for size, nearest in ((1_000, CPU_MFU[0]), (10**10, CPU_MFU[-1])):
+        assert device.of_step(size, is_compiled=True).mfu == pytest.approx(nearest[1])
+    (low, first), (high, last) = CPU_MFU[:2]
+    halfway = device.of_step(round((low * high) ** 0.5), is_compiled=True).mfu
+    assert halfway == pytest.approx((first + last) / 2, abs=1e-6)
+    slow = device.of_step(low, is_compiled=False)
+    assert slow.mfu == pytest.approx(0.85 * first) == slow.of_step(low, is_compiled=False).mfu
+
+
 def test_precision_is_what_the_devices_have():
     assert hardware("h100").precision() == "bf16" and hardware("h100").precision("fp16") == "fp16"
     assert hardware("t4").precision() == "fp32" == hardware("apple").precision()
@@ -153,10 +177,12 @@ def test_a_run_says_what_it_ran_on_and_how_fast(tmp_path):
     run = a_run(tmp_path / "fast")
     for path in (run, run / "metrics.json"):
         found = hardware(str(path))
-        assert (found.count, found.device.memory_bytes, found.device.watts) == (4, 40e9, 400)
+        assert (found.count, found.device.memory_bytes) == (4, 40e9)
         assert found.is_measured and found.precision() == "bf16"
         assert found.rate() == 4 * 250e12 * 0.5
-        assert "the run fast" in found.device.source and "500,000 tokens/s" in found.device.source
+        assert "the run fast" in found.device.source
+        assert "500,000 tokens/s on 4 process(es)" in found.device.mfu_source
+        assert found.of_step(1_000, is_compiled=False) == found
     with pytest.raises(InputError, match="was measured in bf16 only"):
         found.rate("fp32")
 
@@ -164,7 +190,7 @@ def test_a_run_says_what_it_ran_on_and_how_fast(tmp_path):
 def test_processes_of_a_run_on_cpus_share_the_machine(tmp_path):
     found = hardware(str(a_run(tmp_path / "run", device="cpu", precision="fp32")))
     assert found.device.memory_bytes == 16e9 and found.device.title == "AMD EPYC, 2 thread(s)"
-    assert found.device.watts == pytest.approx(2 * 12 + 16 * 0.3725)
+    assert found.device.threads == 2
     assert found.precision() == "fp32"
 
 
@@ -172,14 +198,27 @@ def test_processes_of_a_run_on_cpus_share_the_machine(tmp_path):
     ("changes", "words"),
     [
         ({"mfu": None}, "lacks mfu"),
-        ({"world_size": 0, "device": 3}, "lacks world_size, device"),
+        ({"world_size": None, "device": None}, "lacks world_size, device"),
+        ({"world_size": 0, "device": 3}, "has world_size 0, which no run writes"),
+        ({"world_size": 0.5}, "has world_size 0.5"),
+        ({"world_size": 4.0}, "has world_size 4.0"),
+        ({"device": 3}, "has device 3"),
+        ({"device": "cpu", "threads": "abc"}, "has threads 'abc'"),
+        ({"hardware": [1]}, "has hardware [1]"),
+        ({"hardware": {"memory_bytes": "16"}}, "has hardware {'memory_bytes': '16'}"),
+        ({"mfu": 7}, "has mfu 7"),
+        ({"mfu": "0.3"}, "has mfu '0.3'"),
+        ({"precision": "int8"}, "has precision 'int8'"),
+        ({"product_rate_flops": 10**400}, "has product_rate_flops 10000000000000000000000"),
+        ({"train_tokens_per_second": float("nan")}, "has train_tokens_per_second nan"),
         ({"device": "Some GPU"}, "its device, Some GPU, is not in the table"),
     ],
 )
-def test_a_run_that_says_too_little_is_one_sentence(tmp_path, changes, words):
+def test_a_run_that_says_too_little_or_no_sense_is_one_sentence(tmp_path, changes, words):
     with pytest.raises(InputError) as found:
         hardware(str(a_run(tmp_path / "run", **changes)))
-    assert words in str(found.value) and "or a name of the table, as in 8xh100" in str(found.value)
+    said = str(found.value)
+    assert words in said and "or a name of the table, as in 8xh100" in said and len(said) < 300
 
 
 def test_no_run_or_no_json_is_one_sentence(tmp_path):
@@ -213,6 +252,8 @@ def test_a_budget_is_devices_and_time(text, name, count, seconds):
         ("8xh100 0h", "nothing can be trained in 0 h"), ("cpu -3h", "nothing can be trained in -3"),
         ("8xh100 24", "24 has no unit"), ("8xh100 24y", "the unit 'y' is not known"),
         ("8xh100 3m", "the unit 'm' is not known"), ("8xh100", "is not understood"),
+        ("cpu 999999999999999999999h", "is longer than 10 years"), ("cpu 11000d", "than 10 years"),
+        (f"cpu {'9' * 400}h", "is longer than 10 years"),
         ("24h", "is not understood"), ("", "is not understood"), ("cpu 1.2.3h", "is no number"),
         ("h10 3h", "hardware: 'h10' is not in the table"), ("0xh100 3h", "0 devices cannot train"),
     ],

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from ladders import BUDGETS, SIZES, TRUE, ladder, noisy
+from ladders import BUDGETS, SIZES, TRUE, ladder, noisy, without_largest
 
 from pipeline import law_fit
-from pipeline.ladder import without_largest
+from pipeline.ladder import Run
 from pipeline.law_fit import fit
 from pipeline.recipe import InputError
 from pipeline.scaling_laws import BESIROGLU, HOFFMANN
@@ -119,6 +119,52 @@ def test_the_same_runs_give_the_same_numbers():
     assert first.predicted(1e7, 1e7) == second.predicted(1e7, 1e7)
 
 
+def refused(runs) -> str:
+    with pytest.raises(InputError) as refusal:
+        fit(runs)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what", "change"),
+    [
+        (lambda run: 3.0, "parameters", "+0.0%"),
+        (lambda run: run.flops**0.1, "parameters", "+25.9%"),
+        (lambda run: TRUE.loss(1e6, run.tokens), "parameters", "+0.0%"),
+        (lambda run: TRUE.loss(run.parameters, 1e6) * run.tokens**0.01, "tokens", "+2.3%"),
+    ],
+)
+def test_losses_that_do_not_fall(loss, what, change):
+    runs = [run._replace(loss=loss(run)) for run in ladder(noise=0, seed=0)]
+    assert refused(runs) == (
+        f"the losses of these runs do not fall with their {what} (ten times as many change them by "
+        f"{change}), so that no law can be fitted to them; take runs that differ more in size and "
+        "tokens, or see that their learning rates suit them"
+    )
+
+
+@pytest.mark.parametrize("rounded", [1, 131_072])
+def test_a_ladder_of_one_ratio(rounded):
+    runs = [
+        Run(str(size), size, 20 * size // rounded * rounded, TRUE.loss(size, 20 * size))
+        for size in (*SIZES, 10**7, 10**8)
+    ]
+    assert refused(runs) == (
+        "the tokens of these runs follow from their sizes (about as many per parameter in all of "
+        "them), so that the two cannot be told apart; add runs of the same sizes on more or fewer "
+        "tokens"
+    )
+
+
+def test_a_run_beyond_every_law():
+    runs = ladder(noise=0, seed=0)
+    runs[-1] = runs[-1]._replace(loss=1e-17)
+    assert refused(runs) == (
+        "no law whose loss falls with parameters and with tokens lies near these runs; leave out "
+        "those whose loss is far off"
+    )
+
+
 @pytest.mark.parametrize(
     ("kept", "have"),
     [
@@ -129,9 +175,7 @@ def test_the_same_runs_give_the_same_numbers():
     ],
 )
 def test_too_few_runs(kept, have):
-    with pytest.raises(InputError) as refusal:
-        fit(ladder(noise=0, seed=0)[kept])
-    assert str(refusal.value) == (
+    assert refused(ladder(noise=0, seed=0)[kept]) == (
         "a law of five constants needs 6 runs at least, of 3 sizes and 2 budgets of tokens; here "
         f"are {have}"
     )

@@ -3,10 +3,9 @@
 import xml.etree.ElementTree as tree
 
 import pytest
-from ladders import ladder
+from ladders import ladder, without_largest
 from matplotlib.image import imread
 
-from pipeline.ladder import without_largest
 from pipeline.law_fit import fit
 from pipeline.law_picture import draw
 

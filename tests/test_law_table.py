@@ -1,9 +1,8 @@
 """What is told of a fit in the terminal."""
 
 import pytest
-from ladders import BUDGETS, SIZES, TRUE, ladder
+from ladders import BUDGETS, SIZES, TRUE, ladder, without_largest
 
-from pipeline.ladder import without_largest
 from pipeline.law_fit import fit
 from pipeline.law_forms import joint
 from pipeline.law_table import table
@@ -36,6 +35,7 @@ def test_the_law_its_runs_and_what_they_predict():
         f"{estimate.low:.3f}", "to", f"{estimate.high:.3f}", f"{left_out[0].loss:.3f}",
         f"{estimate.loss / left_out[0].loss - 1:+.2%}",
         f"{joint(kept).loss(SIZES[-1], BUDGETS[-1]):.3f}",
+        f"{joint(kept).loss(SIZES[-1], BUDGETS[-1]) / left_out[0].loss - 1:+.2%}",
     ]  # fmt: skip
     assert recipe[:6] == ["this", "recipe", "12", "M", "60", "M"]
     assert float(recipe[6]) == pytest.approx(found.law.loss(12e6, 60e6), abs=6e-4)

@@ -67,6 +67,15 @@ def test_a_width_of_its_own_for_the_mlp_counts(smoke_recipe, tokenizer):
     assert planned_model(recipe).parameters == parameter_count(model)
 
 
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "n_inner"])
+@pytest.mark.parametrize("size", [0, -4])
+def test_a_size_of_nothing(smoke_recipe, name, size):
+    recipe = read_recipe(smoke_recipe, {f"model.config.{name}": size})
+    with pytest.raises(InputError) as refusal:
+        planned_model(recipe)
+    assert str(refusal.value) == f"model.config.{name}: must be at least 1; got {size}"
+
+
 def test_vocabularies(smoke_recipe, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     here = {"training.output_dir": str(tmp_path)}

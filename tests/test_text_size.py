@@ -25,7 +25,8 @@ def test_rows_that_are_prepared_are_counted(finished_run):
     facts = json.loads((finished_run / "blocks" / "manifest.json").read_text())["facts"]
     found = text_size(recipe, 512)
     assert found.is_counted and found.tokens == facts["train"]["rows"] * 32
-    assert found.held_out_tokens == facts["validation"]["tokens"] + facts["test"]["tokens"]
+    assert found.validation_tokens == facts["validation"]["tokens"]
+    assert found.test_tokens == facts["test"]["tokens"]
     other = read_recipe(finished_run / "config.yaml", {"data.block_size": 16})
     assert not text_size(other, 512).is_counted  # those rows are another recipe's
 
@@ -35,7 +36,9 @@ def test_files_are_estimated_from_their_bytes(smoke_recipe, corpus_folder, tmp_p
     size = sum(path.stat().st_size for path in corpus_folder.iterdir())
     found = text_size(recipe, 2048)
     assert found.tokens == pytest.approx(size / 3.05 * 0.9, abs=32)
-    assert found.held_out_tokens == pytest.approx(size / 3.05 * 0.1)
+    shares = recipe.data.validation_fraction, recipe.data.test_fraction
+    assert found.validation_tokens == pytest.approx(size / 3.05 * shares[0])
+    assert found.test_tokens == pytest.approx(size / 3.05 * shares[1]) and sum(shares) == 0.1
     assert "3.05 bytes a token assumed" in found.source and not found.is_counted
 
 

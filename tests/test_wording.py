@@ -1,17 +1,18 @@
 """Counts and times in words, by table."""
 
+import datetime
 import math
 
 import pytest
 
-from pipeline.wording import NOTHING, duration, short, storage, written
+from pipeline.wording import NOTHING, duration, finishing, short, storage, written
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
         (0, "0.0 s"), (0.31, "0.3 s"), (37.4, "37 s"), (60, "1 min"), (723, "12 min 3 s"),
-        (3600, "1 h"), (11_520, "3 h 12 min"), (187_300, "2 d 4 h"),
+        (3600, "1 h"), (11_520, "3 h 12 min"), (187_300, "2 d 4 h"), (8.64e8, "10,000 d"),
     ],
 )  # fmt: skip
 def test_durations(seconds, said):
@@ -29,8 +30,9 @@ def test_counts(value, said):
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(1234.5, "1,234.50"), (0, "0.00"), (None, NOTHING), (math.nan, NOTHING), (math.inf, NOTHING)],
-)
+    [(1234.5, "1,234.50"), (0, "0.00"), (None, NOTHING), (math.nan, NOTHING), (math.inf, NOTHING),
+     (10**400, NOTHING)],
+)  # fmt: skip
 def test_what_is_no_number_is_a_dash(value, said):
     assert written(value, ",.2f") == said
 
@@ -41,3 +43,12 @@ def test_what_is_no_number_is_a_dash(value, said):
 )
 def test_bytes(size, said):
     assert storage(size) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(90, "2026-01-01 00:01"), (8e10, "4561-02-05 22:13"), (1e12, "after the year 9999"),
+     (1e300, "after the year 9999")],
+)  # fmt: skip
+def test_an_end(seconds, said):
+    assert finishing(seconds, datetime.datetime(2026, 1, 1)) == said

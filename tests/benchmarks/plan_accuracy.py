@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.hardware import hardware
 from pipeline.model import build_model
 from pipeline.peak_memory import peak
-from pipeline.planning import SIZES, Shape, flops_by_part, training_flops
+from pipeline.planning import SIZES, Shape, flops_by_part, parameters, training_flops
 from pipeline.sections import ModelSection
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,7 +133,8 @@ def row(case: Case, run: Path, first: Path) -> str:
     measured = have["peak_memory_bytes"]
     flops = sum(flops_by_part(shape, block_size=case.block_size).values())
     each = training_flops(shape, case.block_size)
-    assumed = hardware("cpu").rate(case.precision) / each
+    cpu = hardware("cpu").of_step(parameters(shape), is_compiled=case.is_compiled)
+    assumed = cpu.rate(case.precision) / each
     devices = hardware(str(first))
     by_first = devices.device.mfu * have["product_rate_flops"] / each
     cells = [
