@@ -67,6 +67,9 @@ class PlanOptions(RecipeOptions):
             raise ValueError("give one of --budget and --fit: they are two questions")
         if self.budget is not None and "hardware" in stated:
             raise ValueError("--budget names the devices itself; leave out --hardware")
+        for name in ("hardware", "topology", "mfu", "price_per_hour"):
+            if name in stated and self.fit is not None:
+                raise ValueError(f"--{name} has no meaning with --fit; leave it out")
         for name, needed in (("recipe", "budget"), ("overwrite", "budget"), ("leave_out", "fit")):
             if name in stated and getattr(self, needed) is None:
                 raise ValueError(f"--{name} has a meaning with --{needed} only")

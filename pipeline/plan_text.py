@@ -160,7 +160,7 @@ def _cost(plan: Plan, now: datetime.datetime) -> list[tuple[str | None, str]]:
     total = cost.peak_flops / 1e12
     rows = [
         ("rate", f"{total:,.4g} TFLOP/s at an MFU of {cost.mfu:.1%}"
-         + ("" if hardware.is_measured or "--mfu" in cost.mfu_source else " (assumed)")),
+         + (" (assumed)" if hardware.device.mfu_by_size else "")),
         ("", cost.mfu_source),
     ]  # fmt: skip
     if cost.efficiency_high < 1:

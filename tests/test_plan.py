@@ -448,6 +448,7 @@ def test_a_ladder_without_a_recipe_is_only_fitted(planned, ladder):
         ("--recipe a.yaml", "--recipe has a meaning with --budget only"),
         ("--overwrite", "--overwrite has a meaning with --budget only"),
         ("--leave_out a.json", "--leave_out has a meaning with --fit only"),
+        ("--fit a.json --mfu 0.5", "--mfu has no meaning with --fit; leave it out"),
         ("--mfu 0", "--mfu: input should be greater than 0"),
         ("--mfu 1.1", "--mfu: input should be less than or equal to 1"),
         ("--price_per_hour -1", "--price_per_hour: input should be greater than or equal to 0"),
