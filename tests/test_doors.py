@@ -166,13 +166,10 @@ def test_a_run_with_documents_apart_is_measured_as_it_was_trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["python", "accelerate"])
-def test_as_typed(smoke_recipe, tmp_path, how):
-    start = [sys.executable]
-    if how == "accelerate":
-        launcher = Path(sys.executable).with_name("accelerate")
-        config = "accelerate_configs/single_gpu.yaml"
-        start = [str(launcher), "launch", "--quiet", "--config_file", config]
+def test_as_typed(smoke_recipe, tmp_path):
+    launcher = Path(sys.executable).with_name("accelerate")
+    config = "accelerate_configs/single_gpu.yaml"
+    start = [str(launcher), "launch", "--quiet", "--config_file", config]
     done = subprocess.run(
         [*start, "pipeline/pretrain.py", "--config", str(smoke_recipe), "--training.max_steps",
          "10", "--training.output_dir", str(tmp_path)],
