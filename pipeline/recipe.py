@@ -6,6 +6,7 @@ installed source, which is read and not imported, so that a misspelt key costs n
 """
 
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from pipeline.data_sections import CleaningSection, DataSection, SourceSection
-from pipeline.known_fields import LibraryField, model_config_fields, training_fields
+from pipeline.known_fields import model_config_fields, training_fields
 from pipeline.safety_sections import FaultSection, GuardSection, PreflightSection
 from pipeline.sections import (
     SMALLEST_VOCABULARY,
@@ -210,28 +211,28 @@ def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(sentence_of(error, Recipe, overrides, path)) from None
-    training = _check_known_fields("training", recipe.training, training_fields(), overrides, path)
+    training = _check_known_fields("training", recipe.training, overrides, path)
     if training.get("output_dir") == "":
         raise InputError(f"{origin}: training.output_dir is empty; leave it out for the default")
     checked = {"training": training}
     if recipe.model.config is not None:
-        config = _check_known_fields(
-            "model.config", recipe.model.config, model_config_fields(), overrides, path
-        )
+        config = _check_known_fields("model.config", recipe.model.config, overrides, path)
         checked["model"] = {**recipe.model.model_dump(exclude_unset=True), "config": config}
     return recipe.with_values(**checked)
 
 
-def _check_known_fields(
-    section: str,
-    values: dict[str, Any],
-    fields: dict[str, LibraryField],
-    overrides: dict[str, Any],
-    path: Path,
-) -> dict[str, Any]:
-    model = create_model(
-        section, __base__=Section, **{n: (f.annotation, None) for n, f in fields.items()}
+@functools.cache  # with torch loaded pydantic takes a tenth of a second for each
+def _library_section(name: str) -> type[BaseModel]:
+    fields = {"training": training_fields, "model.config": model_config_fields}[name]()
+    return create_model(
+        name, __base__=Section, **{n: (f.annotation, None) for n, f in fields.items()}
     )
+
+
+def _check_known_fields(
+    section: str, values: dict[str, Any], overrides: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    model = _library_section(section)
     # YAML reads a bare `no` as false; the strategies of transformers spell it "no".
     values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in values.items()}
     values = {k: v for k, v in values.items() if v is not None}  # null takes a value back

@@ -251,6 +251,7 @@ def square_tensors(nodes, length):
     return square
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_as_one_graph_there_is_no_dense_mask(name):
     model = gpt2(name, layers=1)
@@ -259,6 +260,7 @@ def test_compiled_as_one_graph_there_is_no_dense_mask(name):
     assert square_tensors(nodes, 300) == []
 
 
+@pytest.mark.slow
 def test_compiled_stock_sdpa_has_the_dense_mask():
     """Else the two attentions of ours would not be needed, and the test above shows nothing."""
     model = gpt2("sdpa", layers=1)

@@ -336,6 +336,7 @@ def nats_in_row(model, rows, index, first, stop, beside):
     return sum_scores(model, batches, device="cpu").nats.sum()
 
 
+@pytest.mark.slow
 def test_apart_a_document_between_strangers_costs_what_it_costs_alone(
     phrases, tokenizer, tmp_path, model
 ):

@@ -116,6 +116,7 @@ def test_tokenizers_are_compared_by_bytes_per_token(
     assert ours > theirs > 1  # 512 entries against 384
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_on_by_its_weights(smoke_recipe, corpus_folder, tmp_path, capsys):
     values = yaml.safe_load(smoke_recipe.read_text())
     files = sorted(map(str, corpus_folder.iterdir()))
@@ -136,6 +137,7 @@ def test_a_mixture_is_trained_on_by_its_weights(smoke_recipe, corpus_folder, tmp
     assert list(map(float, shares)) == pytest.approx([75, 25], abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_run_with_documents_apart_is_measured_as_it_was_trained(
     smoke_recipe, tmp_path, monkeypatch, streaming
@@ -189,6 +191,7 @@ def test_as_typed(smoke_recipe, tmp_path):
         assert metrics["threads"] == cores
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_a_folder(finished_run, corpus_folder, tmp_path, capsys):
     recipe = ROOT / "recipes" / "gpt2_finetune.yaml"
     pretrain.main(

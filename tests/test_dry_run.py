@@ -72,6 +72,7 @@ def test_all_is_seen_and_nothing_is_there_but_prepared_text(smoke_recipe, tmp_pa
     assert left == {"tokenizer", "blocks", "_digests-blocks.json"}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_and_its_checkpoints_stay_as_they_are(smoke_recipe, run_copy, said):
     shutil.rmtree(run_copy / "checkpoint-20")
     (run_copy / "metrics.json").unlink()
@@ -83,6 +84,7 @@ def test_an_unfinished_run_and_its_checkpoints_stay_as_they_are(smoke_recipe, ru
     assert "goes on after 10" in said() and "✓ evaluation 1 while training" in said()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_told(smoke_recipe, run_copy, said):
     before = contents(run_copy)
     look(smoke_recipe, run_copy)
@@ -252,6 +254,7 @@ def test_a_gradient_that_is_not_finite(trainer):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "way"), [(1e-6, "raise it tenfold"), (1e-4, "raise it tenfold"), (30, "lower it to a")]
 )  # fmt: skip

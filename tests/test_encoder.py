@@ -116,6 +116,7 @@ def plain_ids(tokenizer, texts):
     return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [None, 0, 5])
 def test_remembered_words_give_the_ids_of_tokenizers(tokenizer, texts, monkeypatch, kept):
     if kept is not None:
@@ -151,6 +152,7 @@ def test_words_that_are_known_are_not_asked_for_again(tokenizer, monkeypatch):
     assert [ids.tolist() for ids in found] == expected
 
 
+@pytest.mark.slow
 def test_both_patterns_agree_about_every_assigned_character(tokenizer):
     """Else that text is left to `tokenizers`, and is slow; of newer Unicode a few may differ."""
     words = Encoder(json_of(tokenizer)).open()._words

@@ -80,6 +80,7 @@ enter(door)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_main_process_alone_warns(rank):
     environment = {k: v for k, v in os.environ.items() if k not in failures.RANKS}

@@ -174,6 +174,7 @@ def test_mistakes_that_only_show_with_the_model(tmp_path, monkeypatch, write, ar
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_text_alone_is_that_of_the_file_and_of_its_seed(write, tmp_path):
     """Prompts of several lengths, two samples each, in batches of three, against one by one."""
     prompts = ["the model", "a", "loss falls when the tokens repeat", "東京 😀", "<|endoftext|>x"]

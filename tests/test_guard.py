@@ -244,6 +244,7 @@ def test_one_row_that_gives_no_number_is_found(smoke_recipe, tmp_path, value, pl
     assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*")}
 
 
+@pytest.mark.slow
 def test_a_row_of_a_later_epoch_is_found(smoke_recipe, tmp_path):
     overrides = SMALL | {"tokens_per_update": 32 * 96, "training__max_steps": 6}
     trainer = made(smoke_recipe, tmp_path, **overrides)
@@ -255,6 +256,7 @@ def test_a_row_of_a_later_epoch_is_found(smoke_recipe, tmp_path):
         trained(trainer)
 
 
+@pytest.mark.slow
 def test_through_the_door_it_is_one_sentence_and_code_1(
     smoke_recipe, tmp_path, monkeypatch, capsys
 ):
@@ -392,6 +394,7 @@ def test_more_bad_updates_than_rollbacks_end_the_run(smoke_recipe, tmp_path):
     assert more.state.global_step == 16 and more._rollbacks == 2
 
 
+@pytest.mark.slow
 def test_two_rollbacks_leave_out_the_rows_of_both(smoke_recipe, tmp_path):
     trainer = made(smoke_recipe, tmp_path, **TWO)
     rows = [row_of(trainer, 5, 1), row_of(trainer, 11, 2)]
@@ -442,6 +445,7 @@ def test_a_damaged_newest_checkpoint_is_not_the_one_to_go_back_to(smoke_recipe, 
     assert (tmp_path / "checkpoint-6.damaged-1").is_dir()
 
 
+@pytest.mark.slow
 def test_half_of_the_rows_are_never_left_out(smoke_recipe, tmp_path):
     overrides = TWO | {
         "tokens_per_update": 32 * 96, "training__max_steps": 9, "training__save_steps": 1,

@@ -314,6 +314,7 @@ def test_a_signal_to_the_whole_group_leaves_workers_and_the_stream_to_their_pare
     assert differences(outcome(folder), outcome(reference)) == []
 
 
+@pytest.mark.slow
 def test_signals_that_follow_at_once_count_as_one(smoke_recipe, straight, tmp_path):
     """Launchers send on what the process group has got already."""
 

@@ -79,6 +79,7 @@ def test_the_interval_widens_with_the_distance_and_with_the_noise():
     assert width(calm, *far) < width(wild, *far)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "budgets"),
     [
@@ -100,6 +101,7 @@ def test_the_interval_holds_most_runs(noise, budgets, monkeypatch):
     assert min(held) >= 35  # fewer would come once in 100 times
 
 
+@pytest.mark.slow
 def test_the_ranges_hold_the_constants_and_what_the_runs_do_not_tell_is_said():
     calm = fit(ladder(noise=0.001, seed=2))
     for name in NAMES:

@@ -25,6 +25,7 @@ def test_a_png_of_1280_pixels_without_a_warning(tmp_path, kept_and_left_out, rec
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_an_svg_says_what_is_drawn(tmp_path, kept_and_left_out, monkeypatch):
     monkeypatch.setitem(__import__("matplotlib").rcParams, "svg.fonttype", "none")
     kept, left_out = kept_and_left_out

@@ -57,6 +57,7 @@ def test_a_law_that_fits_exactly():
     assert "Kaplan's form (" not in text
 
 
+@pytest.mark.slow
 def test_runs_that_follow_no_sum_are_said_to():
     runs = [
         run._replace(loss=kaplan_loss(run.parameters, run.tokens) * run.loss / TRUE.loss(*run[1:3]))

@@ -129,6 +129,7 @@ elif case == "faults":
 """
 
 
+@pytest.mark.slow
 def test_tokens_and_parents_are_looked_at(hub, tmp_path):
     hub.put(NAME, {"a.txt": b"a"}, private=True)
     hub.put("other/private", {"a.txt": b"a"}, private=True)
@@ -144,6 +145,7 @@ def test_tokens_and_parents_are_looked_at(hub, tmp_path):
     assert hub.files(NAME) == {"a.txt": b"a", "x": b"x"}
 
 
+@pytest.mark.slow
 def test_faults_happen_as_often_as_they_are_asked_for(hub, tmp_path):
     hub.put(NAME, {"a.txt": b"a"})
     hub.part_bytes = 40

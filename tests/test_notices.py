@@ -287,6 +287,7 @@ def test_noise_among_the_rows_is_a_spike_also_after_a_resume_within_its_window(
     assert notices_of(again) == [notice] and caplog.text.count("update 46: ") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "symptom", "words"),
     [
@@ -304,6 +305,7 @@ def test_a_rate_beyond_reason_is_said(smoke_recipe, tmp_path, caplog, rate, symp
     assert f"update {notice['update']}: the loss is " in caplog.text and words in caplog.text
 
 
+@pytest.mark.slow
 def test_a_text_learnt_by_heart_is_said_once(smoke_recipe, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     for name, seed in (("train", 1), ("other", 2)):
@@ -321,6 +323,7 @@ def test_a_text_learnt_by_heart_is_said_once(smoke_recipe, tmp_path, caplog):
     assert caplog.text.count("likely, in this order:\n  - too little text (more or more") == 1
 
 
+@pytest.mark.slow
 def test_what_was_noticed_is_in_the_report_and_a_healthy_run_has_no_such_part(
     smoke_recipe, finished_run, tmp_path, capsys
 ):

@@ -110,6 +110,7 @@ def test_intervals_equal_those_of_resampling_document_by_document():
     assert found == score.intervals(seed=3) != score.intervals(seed=4)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     """200 corpora of 60 documents from one population, of which the loss per token is known."""
     source = np.random.default_rng(0)
@@ -126,6 +127,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 175 <= held <= 200
 
 
+@pytest.mark.slow
 def test_of_very_many_documents_fewer_resamples_are_drawn():
     count = 400_000
     tokens = np.full(count, 10)

@@ -137,6 +137,7 @@ def test_a_picture_says_that_it_does_not_fit_and_how_long_it_takes(ask, tmp_path
     assert "1,000 d" in text and "10,000 d" in text
 
 
+@pytest.mark.slow
 def test_a_large_recipe_needs_no_machine_to_be_foretold_and_drawn(ask, rungs, tmp_path):
     """Its operations are more than 64 bits count, and it does not fit on this one."""
     text, found = ask(

@@ -492,6 +492,7 @@ def interrupted(wanted, tokenizer, out, monkeypatch, after):
     return made
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_damaged_or_of_other_text_is_made_again(
     lines_file, tokenizer, tmp_path, monkeypatch
 ):

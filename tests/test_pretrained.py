@@ -68,6 +68,7 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub, recipe):
         settled(read_recipe(recipe, {"model.revision": "nowhere"}))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_model_of_the_hub_is_published_and_loaded_from_there(
     hub, recipe, finished_run, tmp_path, capsys
 ):

@@ -270,6 +270,7 @@ def test_a_page_to_try_the_model_is_made_beside_it(server, run, monkeypatch, cap
     assert "model.safetensors" in server.files(f"{USER}/second")
 
 
+@pytest.mark.slow
 def test_exit_codes_tell_what_may_work_later(run, tmp_path):
     """As a child of a run that goes on: one sentence, a code, the commit in the last line."""
     (run / "config.yaml").unlink()  # a model's folder: no torch is imported for it

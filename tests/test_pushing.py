@@ -238,6 +238,7 @@ def test_what_the_recipe_says_of_pushing_is_checked(server, smoke_recipe, tmp_pa
     assert "hf_x" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_name_without_an_owner_is_the_token_s(server, smoke_recipe, tmp_path):
     folder = tmp_path / "mine"
     _train(
@@ -253,6 +254,7 @@ def test_a_name_without_an_owner_is_the_token_s(server, smoke_recipe, tmp_path):
 ALL = (401, 403, 409, (429, {"Retry-After": "1"}), 500, 503, "drop", "drop_after", "cut")
 
 
+@pytest.mark.slow
 def test_faults_cost_a_run_nothing_and_the_printed_command_sends_the_rest(
     server, smoke_recipe, finished_run, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -352,6 +354,7 @@ def test_a_run_of_the_hub_may_be_pushed_there_again_and_goes_on_from_its_own(
     assert f"resuming from {folder / 'checkpoint-12'}" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_refused_checkpoint_of_the_hub_leaves_the_folder_as_it_was(
     pushed, smoke_recipe, tmp_path, monkeypatch
 ):

@@ -56,6 +56,7 @@ def swept_of(argv: list[str]):
     return sweeps(recipe, arguments, options, Processes(arguments)), options
 
 
+@pytest.mark.slow
 def test_the_first_sweep_is_the_recipe_s_model_rows_and_updates(smoke_recipe, prepared, tmp_path):
     """At one rate all the way it has the losses of a run at that rate, to the last bit."""
     given = arguments_of(smoke_recipe, prepared, *SHORT, "--optimizer.name", "muon")
@@ -102,6 +103,7 @@ def test_a_run_after_a_sweep_is_the_run_without(smoke_recipe, finished_run, tmp_
     assert differences(outcome(folder), outcome(finished_run)) == []
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_left_as_it_is_and_goes_on(
     smoke_recipe, finished_run, tmp_path, capsys
 ):
@@ -137,6 +139,7 @@ def test_what_is_said_drawn_and_kept(smoke_recipe, prepared, tmp_path, capsys):
         assert len(set(map(len, points))) == 1 and 30 < len(one["losses"]) <= 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -97,6 +97,7 @@ def test_samples_are_kept(finished_run):
     assert "--- update 10\ndef " in text and "--- update 20\ndef " in text
 
 
+@pytest.mark.slow
 def test_the_saved_recipe_repeats_the_run(finished_run, metrics, tmp_path):
     recipe = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert recipe["precision"] in ("fp32", "bf16")

@@ -521,6 +521,7 @@ def muons(smoke_recipe, tmp_path_factory):
     return trained(made(smoke_recipe, folder, **MUON, training__save_total_limit=9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -586,6 +587,7 @@ def test_rates_are_those_of_the_new_schedule_after_the_checkpoint_and_not_before
     assert again.optimizer.param_groups[0]["initial_lr"] == 2e-3
 
 
+@pytest.mark.slow
 def test_a_finished_run_given_more_updates_goes_on_after_its_last_one(
     smoke_recipe, tmp_path, twenty
 ):
@@ -639,6 +641,7 @@ def test_how_often_is_logged_saved_and_evaluated_follows_the_recipe_not_the_chec
     ]
 
 
+@pytest.mark.slow
 def test_a_changed_patience_is_the_one_that_counts(smoke_recipe, tmp_path):
     overrides = BASE | {
         "training__learning_rate": 1e-12, "training__eval_steps": 1, "training__save_steps": 1,
@@ -757,6 +760,7 @@ def door(recipe, folder, *words):
     return caught.value.code
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is_to_the_last_byte(smoke_recipe, run_copy, capsys):
     before = contents(run_copy)
     for words in ([], ["--resume", "must"], ["--training.logging_steps", "3"]):
@@ -784,6 +788,7 @@ def test_what_would_not_be_applied_to_a_finished_run_is_said(
     assert contents(run_copy) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_another_seed_goes_on_when_that_is_allowed(
     smoke_recipe, run_copy, capsys
 ):
@@ -832,6 +837,7 @@ def test_auto_goes_on_to_the_same_model(smoke_recipe, unfinished, finished_run, 
     assert model_of(unfinished) == model_of(finished_run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_folder_named_relative_to_here(
     smoke_recipe, tmp_path, finished_run, monkeypatch
 ):
@@ -844,6 +850,7 @@ def test_a_checkpoint_of_another_folder_named_relative_to_here(
     assert [e["step"] for e in state["log_history"] if "loss" in e] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_of_the_run_itself_is_gone_on_from(
     smoke_recipe, run_copy, finished_run
 ):
@@ -897,6 +904,7 @@ def test_an_artifact_that_is_no_checkpoint_is_one_sentence(
     assert error.startswith(f"error: --resume {named}: ") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_must_and_never(smoke_recipe, tmp_path, unfinished, finished_run, capsys):
     assert door(smoke_recipe, tmp_path / "new", "--resume", "must") == 2
     assert "--resume must: no whole checkpoint in" in capsys.readouterr().err

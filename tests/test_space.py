@@ -138,6 +138,7 @@ def test_requirements_readme_and_licence_follow_the_model():
     compile(files["app.py"], "app.py", "exec")
 
 
+@pytest.mark.slow
 def test_greedy_text_comes_in_pieces_and_goes_on_past_the_positions(writer, tokenizer):
     prompt = "the model reads"
     texts = [text for text, _ in writer.write(prompt, 0, 40, 1.0, 60, 0)]

@@ -205,6 +205,7 @@ def test_a_document_longer_than_many_windows_has_a_bookmark_in_it(
         source.take(50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [{"shortest": 300}, {"longest": 300}, {"shortest": 5}])
 def test_what_is_too_short_or_too_long_is_not_streamed(make, varied, tokenizer, rules):
     stream = make(varied, rules=rules)
@@ -405,6 +406,7 @@ def test_whatever_changes_the_rows_changes_the_identity(make, varied, change):
     assert stream.identity == make(varied).identity != make(varied, **change).identity
 
 
+@pytest.mark.slow
 def test_a_stream_can_be_sent_and_its_producer_needs_no_torch(make, varied, tmp_path):
     stream = make(varied)
     (tmp_path / "stream").write_bytes(pickle.dumps(stream))
@@ -501,6 +503,7 @@ def test_the_ring_gives_shuffled_segments_and_stays_small(tmp_path, make, varied
         assert third.row(50 * SEGMENT)[0].tolist() == expected[50 * SEGMENT]
 
 
+@pytest.mark.slow
 def test_bookmarks_of_another_stream_are_thrown_away(tmp_path, make, varied, produce, tokenizer):
     other, stream, folder = make(varied, seed=1), make(varied), tmp_path / "ring"
     produce(other, folder, 0, 3)
@@ -601,6 +604,7 @@ def test_the_producer_ends_when_its_parent_is_killed(tmp_path, make, varied):
     assert (tmp_path / "ring" / "segment-000000000.arrow").exists()  # nobody could remove it
 
 
+@pytest.mark.slow
 def test_interrupted_by_ctrl_c_the_producer_says_nothing(tmp_path, make, varied):
     """A terminal sends the signal to both, and the parent ends the other in its own time."""
     victim = started(tmp_path, make(varied), "wait")

@@ -27,6 +27,8 @@ import soak
 
 from pipeline import artifact, checkpoint
 
+pytestmark = pytest.mark.slow
+
 # -- the kill loop --------------------------------------------------------------------------------
 
 
@@ -38,7 +40,6 @@ def clean_process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_nothing_had_been(clean_process, tmp_path):
     outcome = clean_process.submit(soak.soak, 40, 0, tmp_path).result()
     report = outcome.table()
@@ -210,7 +211,6 @@ def test_a_save_killed_at_any_step_leaves_the_old_or_the_new(tmp_path, known_ver
     assert seen[-1] == new_state
 
 
-@pytest.mark.slow
 def test_a_save_killed_at_any_step_keeps_a_damaged_one_that_stands_in_its_way(
     tmp_path, known_versions
 ):
@@ -228,7 +228,6 @@ def test_a_save_killed_at_any_step_keeps_a_damaged_one_that_stands_in_its_way(
     assert len(kept[-1]) == 2
 
 
-@pytest.mark.slow
 def test_a_save_killed_at_any_step_that_writes_one_anew_leaves_one(tmp_path, known_versions):
     for folder in killed_at_each_step(tmp_path, lambda folder: save(folder, 20, 30)):
         assert whole(folder) in ({20}, {20, 30})
@@ -277,7 +276,6 @@ def refused_at_each_step(tmp_path: Path, code: int, steps: Any = None) -> Iterat
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
-@pytest.mark.slow
 def test_a_save_that_is_refused_says_so_and_the_next_one_tries_again(
     tmp_path, known_versions, code
 ):
@@ -424,7 +422,6 @@ def test_whichever_file_is_torn_the_one_before_is_taken(killed_run, tmp_path, ca
         (artifact.MANIFEST, "a byte short"),
     ],
 )
-@pytest.mark.slow
 def test_a_run_with_a_torn_checkpoint_ends_as_if_nothing_had_been(
     runs, killed_run, tmp_path, name, kind
 ):
@@ -485,7 +482,6 @@ def unfill(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoints_left", [0.5, 1.0, 0.0], ids=["known", "on the way", "all"])
-@pytest.mark.slow
 def test_on_a_full_disk_training_goes_on_and_saves_again_when_there_is_room(
     runs, tmp_path, checkpoints_left
 ):
@@ -509,7 +505,6 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
-@pytest.mark.slow
 def test_files_beyond_the_size_limit_cost_only_the_checkpoint(runs, tmp_path):
     """The optimizer's is the largest: its writer is C++, and its sentence not the system's."""
     model, optimizer = (
@@ -527,7 +522,6 @@ def test_files_beyond_the_size_limit_cost_only_the_checkpoint(runs, tmp_path):
     assert runs.is_as_undisturbed(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_older_checkpoints_survive_a_limit_that_is_never_lifted(runs, tmp_path):
     actions = {6: functools.partial(limit_file_size, 100_000)}
     code, said = runs(tmp_path / "run", prepare=functools.partial(at_updates, actions))
@@ -546,7 +540,6 @@ def remount(folder: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how},bind", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_costs_only_the_checkpoints(runs, tmp_path):
     with mounted(tmp_path / "run", "--bind", str(tmp_path / "run")) as folder:
         actions = {
@@ -653,7 +646,6 @@ def strange_run(killed_run, tmp_path) -> Path:
         ("rng_state.pth", "torch"),
     ],
 )
-@pytest.mark.slow
 def test_no_pickle_of_a_checkpoint_is_executed(runs, strange_run, tmp_path, name, how):
     import torch
 
@@ -707,7 +699,6 @@ def die_when_the_recipe_is_saved(half: bool) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.slow
 def test_a_kill_between_recipe_and_status_can_be_restarted(runs, tmp_path, half):
     runs(tmp_path / "run", prepare=functools.partial(die_when_the_recipe_is_saved, half))
     code, said = runs(tmp_path / "run")
@@ -715,7 +706,6 @@ def test_a_kill_between_recipe_and_status_can_be_restarted(runs, tmp_path, half)
     assert runs.is_as_undisturbed(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_a_kill_while_a_resumed_run_saves_its_recipe_can_be_restarted(runs, killed_run, tmp_path):
     folder = Path(shutil.copytree(killed_run, tmp_path / "run"))
     runs(folder, prepare=functools.partial(die_when_the_recipe_is_saved, True))
@@ -730,7 +720,6 @@ def die_in_preparation() -> None:
     run_data.obtain_run_data = lambda *arguments: die()
 
 
-@pytest.mark.slow
 def test_a_run_whose_overwriting_was_killed_early_is_not_lost(runs, tmp_path):
     """Its own command, without --overwrite, must not train anew and remove it."""
     folder = Path(shutil.copytree(runs.reference, tmp_path / "run"))
@@ -752,7 +741,6 @@ def refuse_to_read(path: Path, code: int) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
-@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_skipped(
     runs, killed_run, tmp_path, code
 ):  # fmt: skip
@@ -763,7 +751,6 @@ def test_a_checkpoint_that_cannot_be_read_is_skipped(
     assert f"checkpoint skipped: {path} " in said
 
 
-@pytest.mark.slow
 def test_samples_that_do_not_fit_on_the_disk_end_no_run(runs, tmp_path):
     """samples.txt begins a new page of the disk, which has none."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=12m", "tmpfs") as disk:
@@ -779,7 +766,6 @@ def test_samples_that_do_not_fit_on_the_disk_end_no_run(runs, tmp_path):
         assert code == 0, said
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_before_the_first_save_ends_no_run(runs, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=12m", "tmpfs") as disk:
         folder = disk / "run"
@@ -801,7 +787,6 @@ def fill_before_the_report(folder: Path) -> None:
     report.write_report = fill_and_write
 
 
-@pytest.mark.slow
 def test_a_report_that_does_not_fit_is_one_sentence(runs, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=12m", "tmpfs") as disk:
         folder = disk / "run"
@@ -813,7 +798,6 @@ def test_a_report_that_does_not_fit_is_one_sentence(runs, tmp_path):
     ("name", "data"),
     [("rng_state.pth", None), ("rng_state.pth", [1]), ("trainer_state.json", "{}")],
 )
-@pytest.mark.slow
 def test_a_strangers_file_is_one_sentence(
     runs, killed_run, tmp_path, name, data
 ):  # fmt: skip
@@ -844,7 +828,6 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path, files):
     assert checkpoint.newest_whole(tmp_path) is None
 
 
-@pytest.mark.slow
 def test_an_empty_status_file_is_no_stranger(runs, killed_run, tmp_path):
     """A rename that was not synced may leave that after a loss of power; config.yaml is there."""
     folder = Path(shutil.copytree(killed_run, tmp_path / "run"))
@@ -854,7 +837,6 @@ def test_an_empty_status_file_is_no_stranger(runs, killed_run, tmp_path):
     assert "resuming from" in said
 
 
-@pytest.mark.slow
 def test_status_files_half_written_are_cleared(runs, killed_run, tmp_path):
     folder = Path(shutil.copytree(killed_run, tmp_path / "run"))
     (folder / "_staging-run_status.json-1-1").write_text("{")

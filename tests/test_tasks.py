@@ -147,6 +147,7 @@ def greedy(model, tokenizer, text: str, count: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split(".")[0]
 
 
+@pytest.mark.slow
 def test_multiple_choice_is_the_likeliest_answer(folder, model, tokenizer, questions):
     path = folder.task("choice", CHOICE, questions)
     hits = {"acc": [], "acc_norm": []}
@@ -603,6 +604,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(smoke_recipe, tmp_path, task_fil
     assert_ended_the_same(resumed, straight)
 
 
+@pytest.mark.slow
 def test_a_task_that_cannot_be_run_does_not_end_a_run(
     smoke_recipe, tmp_path, task_files, monkeypatch, caplog
 ):

@@ -141,6 +141,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_names_what_it_can(texts_given, a
     assert len(train_tokenizer(texts_given, vocab_size=available)) == available
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_file_in_any_process(texts, tmp_path):
     digests = []
     for number in range(2):

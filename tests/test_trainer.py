@@ -273,6 +273,7 @@ def test_a_streamed_run_resumed_equals_uninterrupted(
         assert logged(straight, name) == logged(again, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_text_in_a_stream_is_one_sentence(
     smoke_recipe, tmp_path, small_segments, monkeypatch, workers
@@ -381,6 +382,7 @@ def test_with_documents_apart_the_training_loss_is_that_of_each_by_itself(
 # -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_its_last_update_trains_no_further(smoke_recipe, tmp_path):
     """Between the last checkpoint and the report much can happen; Trainer would train one more."""
     overrides = {"training__load_best_model_at_end": "true"}
@@ -492,6 +494,7 @@ def assert_metered(numbers: dict[str, float]) -> None:
     assert numbers["data_wait_fraction"] + numbers["logging_fraction"] <= 1
 
 
+@pytest.mark.slow
 def test_waiting_for_slow_data_shows(smoke_recipe, tmp_path):
     """In each window and of the whole run, and not as logging."""
     trainer = make_trainer(
@@ -791,6 +794,7 @@ def test_out_of_memory_is_one_sentence(smoke_recipe, tmp_path, monkeypatch):
         trainer.train_from("never")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_as_one_graph_is_one_sentence(smoke_recipe, tmp_path):
     trainer = make_trainer(smoke_recipe, tmp_path, training__torch_compile=True)
 
