@@ -9,7 +9,7 @@ from pipeline.communication import Cluster, efficiency, traffic
 from pipeline.devices import UNCOMPILED
 from pipeline.footprint import footprint
 from pipeline.hardware import Hardware
-from pipeline.memory_plan import DEVICES_PER_MACHINE, MemoryPlan
+from pipeline.memory_plan import DEVICES_PER_MACHINE, MemoryPlan, is_compiled
 from pipeline.model_shape import PlannedModel
 from pipeline.recipe import Recipe
 from pipeline.wording import short
@@ -202,8 +202,3 @@ def _scored(
     elif when == "epoch":
         count = int(epochs or 0)
     return count, count * each + validation + (test_tokens or 0)
-
-
-def is_compiled(recipe: Recipe) -> bool:
-    """Tell whether the recipe's steps are compiled."""
-    return bool(recipe.training.get("torch_compile"))

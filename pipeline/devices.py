@@ -1,8 +1,6 @@
 """The devices that a run can be planned on: by name with makers' figures, and this machine."""
 
-import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+
+from pipeline.interpolation import between
 
 # Shares of a device's dense rate that a compiled bf16 step of GPT-2 reaches, and their sources.
 # Of two Zen 4 cores, by parameters (tests/benchmarks/README.md): the quickstart's run, 1,400
@@ -69,15 +69,12 @@ class Device(NamedTuple):
     def of_step(self, parameters: int, *, is_compiled: bool) -> "Device":
         """Return the device at the share that a step of so many parameters is assumed to reach.
 
-        Straight lines over the logarithm of the parameters between the sizes that are known, and
-        beyond them the share of the first and the last; not compiled, `UNCOMPILED` of it.
+        Between the sizes that are known (`interpolation.between`); not compiled, `UNCOMPILED` of
+        it.
         """
         if not self.mfu_by_size:
             return self
-        share = self.mfu_by_size[0][1]
-        for (low, first), (high, last) in itertools.pairwise(self.mfu_by_size):
-            within = min(max(parameters, low), high)
-            share += (last - first) * math.log(within / low) / math.log(high / low)
+        share = between(self.mfu_by_size, parameters)
         left = 1.0 if is_compiled or self.kind not in UNCOMPILED else UNCOMPILED[self.kind][0]
         return self._replace(mfu=share * left)
 

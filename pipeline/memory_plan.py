@@ -85,7 +85,7 @@ def memory_plan(
             is_accumulating=accumulation > 1,
             is_checkpointed=bool(recipe.training.get("gradient_checkpointing")),
             is_blockwise=is_blockwise(recipe, device.kind),
-            is_compiled=bool(recipe.training.get("torch_compile")),
+            is_compiled=is_compiled(recipe),
             is_saving=recipe.training.get("save_strategy", "steps") != "no",
         )  # fmt: skip
         tried.append(batch)
@@ -156,6 +156,11 @@ def is_blockwise(recipe: Recipe, kind: str) -> bool:
         return recipe.model.attn_implementation == "blockwise_causal" and kind == "cpu"
     is_short = recipe.data.block_size <= LONGEST_BLOCKWISE
     return kind == "cpu" and recipe.data.attend_across and is_short
+
+
+def is_compiled(recipe: Recipe) -> bool:
+    """Tell whether the recipe's steps are compiled."""
+    return bool(recipe.training.get("torch_compile"))
 
 
 def _nothing_fits(recipe: Recipe, batch: Batch, hardware: Hardware, usable: float) -> str:

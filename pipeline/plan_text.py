@@ -6,7 +6,7 @@ import textwrap
 
 from pipeline.budgeting import Choice
 from pipeline.run_plan import Plan
-from pipeline.wording import duration, finishing, short, storage
+from pipeline.wording import duration, finishing, pasted, short, storage
 
 NO_LAWS = "they are of models that begin with nothing, and a number of tokens that is known"
 WIDTH, INDENT = 78, 22  # columns of a line, and of the names at its beginning
@@ -74,11 +74,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def command_lines(command: str) -> list[str]:
     """Return a command over as many lines as it takes, to be pasted whole."""
-    lines = textwrap.wrap(
-        command, WIDTH - 2, initial_indent="  ", subsequent_indent="    ",
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+    return [f"  {line}" for line in pasted(command, WIDTH - 4)]
 
 
 def _row(name: str | None, said: str) -> list[str]:

@@ -9,7 +9,7 @@ from pipeline import artifact
 from pipeline.budgeting import Choice
 from pipeline.memory_plan import DEVICES_PER_MACHINE
 from pipeline.recipe import InputError
-from pipeline.wording import duration, short
+from pipeline.wording import duration, pasted, short
 
 PLACE = Path("outputs") / "plan"
 WIDTH = 98
@@ -97,7 +97,5 @@ def _comment(arithmetic: str, commands: list[str], reasons: list[str]) -> str:
         lines += textwrap.wrap(reason, WIDTH, initial_indent="# - ", subsequent_indent="#   ")
     lines.append("# Launch:")
     for command in commands:
-        wrapped = textwrap.wrap(command, WIDTH - 6, break_long_words=False, break_on_hyphens=False)
-        lines += [f"#   {'' if n == 0 else '  '}{line}" + " \\" * (n < len(wrapped) - 1)
-                  for n, line in enumerate(wrapped)]  # fmt: skip
+        lines += [f"#   {line}" for line in pasted(command, WIDTH - 6)]
     return "\n".join(lines) + "\n"

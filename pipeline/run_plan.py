@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 from pipeline import scaling_laws
-from pipeline.cost_plan import CostPlan, cost_plan, is_compiled
+from pipeline.cost_plan import CostPlan, cost_plan
 from pipeline.hardware import Hardware
-from pipeline.memory_plan import MemoryPlan, is_blockwise, memory_plan
+from pipeline.memory_plan import MemoryPlan, is_blockwise, is_compiled, memory_plan
 from pipeline.model_shape import PlannedModel, planned_model
 from pipeline.plan_options import PlanOptions
 from pipeline.planning import flops_by_part, flops_per_token, parameters_by_part

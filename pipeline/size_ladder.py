@@ -2,6 +2,7 @@
 
 import math
 
+from pipeline.interpolation import between
 from pipeline.planning import Shape
 
 # GPT-2's four (Radford et al. 2019, table 2) and GPT-3's 24 x 2,048 and above (Brown et al. 2020,
@@ -48,9 +49,5 @@ def gpt3_batch_tokens(parameters: float) -> float:
 
 
 def _interpolated(parameters: float, column: int) -> float:
-    parameters = min(max(parameters, GPT3[0][0]), GPT3[-1][0])
-    for low, high in zip(GPT3, GPT3[1:], strict=False):
-        if parameters <= high[0]:
-            share = math.log(parameters / low[0]) / math.log(high[0] / low[0])
-            return low[column] ** (1 - share) * high[column] ** share
-    raise AssertionError(parameters)
+    """Return a column of GPT-3's table, whose values are straight lines between logarithms."""
+    return math.exp(between([(row[0], math.log(row[column])) for row in GPT3], parameters))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pipeline import artifact
 from pipeline.data_sections import SourceSection
 from pipeline.file_search import find_files
+from pipeline.interpolation import between
 from pipeline.recipe import Recipe
 
 # Bytes of text that a token of a trained byte-level BPE holds, by its entries: measured on files of
@@ -69,13 +70,7 @@ def text_size(recipe: Recipe, vocabulary: int) -> TextSize:
 
 def bytes_per_token(vocabulary: int) -> float:
     """Return `BYTES_PER_TOKEN` for a number of entries, straight lines over its logarithm."""
-    entries = sorted(BYTES_PER_TOKEN)
-    vocabulary = min(max(vocabulary, entries[0]), entries[-1])
-    for low, high in zip(entries, entries[1:], strict=False):
-        if vocabulary <= high:
-            share = math.log(vocabulary / low) / math.log(high / low)
-            return (1 - share) * BYTES_PER_TOKEN[low] + share * BYTES_PER_TOKEN[high]
-    raise AssertionError(vocabulary)
+    return between(sorted(BYTES_PER_TOKEN.items()), vocabulary)
 
 
 def _counted(recipe: Recipe) -> TextSize | None:

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import textwrap
 from typing import Any
 
 NOTHING = "\N{EM DASH}"
@@ -51,6 +52,14 @@ def storage(size: float) -> str:
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
     large, unit = next((u for u in units if size >= 0.9995 * u[0]), units[-1])
     return f"{size / large:#.3g}".rstrip(".") + f" {unit}"
+
+
+def pasted(command: str, width: int) -> list[str]:
+    """Return a command over as many lines as it takes, each but the last ending in a backslash."""
+    lines = textwrap.wrap(
+        command, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def finishing(seconds: float, now: datetime.datetime | None = None) -> str:
