@@ -81,8 +81,15 @@ def _memory(axes: Axes, plan: Plan) -> None:
 
 def _cost(axes: Axes, plan: Plan, price_per_hour: float | None) -> None:
     """Draw the hours of other sizes, at this plan's tokens and at the compute-optimal ones."""
-    shape, cost = plan.model.shape, plan.cost
-    rate = cost.tokens_per_second * training_flops(shape, plan.block_size)
+    shape, cost, device = plan.model.shape, plan.cost, plan.hardware.device
+    own = cost.tokens_per_second * training_flops(shape, plan.block_size)
+
+    def share(count: int) -> float:  # an assumed one may go with the size
+        return device.of_step(count, is_compiled=True).mfu
+
+    def seconds(count: int, flops: int) -> float:
+        return flops / (own * share(count) / share(parameters(shape)))
+
     others = [(parameters(one), training_flops(one, plan.block_size))
               for one in shapes(shape.vocabulary, shape.positions)]  # fmt: skip
     here = plan.model.parameters
@@ -90,9 +97,9 @@ def _cost(axes: Axes, plan: Plan, price_per_hour: float | None) -> None:
     others = sorted({*others, (parameters(shape), training_flops(shape, plan.block_size))})
     counts = [count for count, _ in others]
     lines = [(f"at {TOKENS_PER_PARAMETER} tokens per parameter", COLOURS[1],
-              [TOKENS_PER_PARAMETER * n * f / rate / 3600 for n, f in others])]  # fmt: skip
+              [TOKENS_PER_PARAMETER * n * seconds(n, f) / 3600 for n, f in others])]  # fmt: skip
     if plan.work.tokens is not None:
-        hours = [plan.work.tokens * flops / rate / 3600 for _, flops in others]
+        hours = [plan.work.tokens * seconds(*one) / 3600 for one in others]
         lines.insert(0, (f"at {short(plan.work.tokens)} tokens", COLOURS[0], hours))
     for name, colour, hours in lines:
         axes.plot(counts, hours, color=colour, marker="o", markersize=4, label=name)
