@@ -16,7 +16,7 @@ from loopback_hub import READ, USER, LoopbackHub
 from runs import assert_ended_the_same, contents, same, trained
 from test_trainer import make_trainer, streamed
 
-from pipeline import checkpoint, dry_run, findings, pretrain, row_text
+from pipeline import checkpoint, dry_run, findings, pretrain, row_text, trial_checks
 from pipeline.findings import Finding
 from pipeline.guard import NonFinite
 from pipeline.options import PretrainOptions
@@ -47,7 +47,7 @@ def said(caplog):
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Three updates are timed, however soon they are over."""
-    monkeypatch.setattr(dry_run, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(trial_checks, "TIMED_SECONDS", 0.0)
 
 
 def look(recipe: Path, folder: Path, *more: str) -> None:
@@ -136,10 +136,10 @@ def test_a_run_after_a_trial_is_the_run_without_one(smoke_recipe, tmp_path, opti
     weights = {name: value.clone() for name, value in tried.model.state_dict().items()}
     before = dict(vars(tried)), tried._training_state.random_state()
     noticed = tried._notices.state()
-    learnt, _ = dry_run.overfitting(tried)
+    learnt, _ = trial_checks.overfitting(tried)
     assert not learnt.remedy
     assert tried.tried(lambda update, loss: update == 3).tokens_per_second > 0
-    for check in (dry_run.labels, dry_run.gradient, dry_run.evaluation_seconds):
+    for check in (dry_run.labels, dry_run.gradient, trial_checks.evaluation_seconds):
         check(tried)
     assert same(weights, tried.model.state_dict())
     assert all(p.grad is None for p in tried.model.parameters())
@@ -259,10 +259,10 @@ def test_a_gradient_that_is_not_finite(trainer):
     ("rate", "way"), [(1e-6, "raise it tenfold"), (1e-4, "raise it tenfold"), (30, "lower it to a")]
 )  # fmt: skip
 def test_a_rate_at_which_nothing_is_learnt(smoke_recipe, tmp_path, monkeypatch, rate, way):
-    monkeypatch.setattr(dry_run, "UPDATES", 60)
+    monkeypatch.setattr(trial_checks, "UPDATES", 60)
     trainer = make_trainer(smoke_recipe, tmp_path, training__learning_rate=rate)
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    finding, _ = dry_run.overfitting(trainer)
+    finding, _ = trial_checks.overfitting(trainer)
     assert (
         finding.text.startswith("one batch of 256 tokens: loss 6.") and "in 59 up" in finding.text
     )
@@ -272,7 +272,7 @@ def test_a_rate_at_which_nothing_is_learnt(smoke_recipe, tmp_path, monkeypatch, 
 
 
 def test_what_the_losses_of_one_batch_say():
-    judged = dry_run.judged_losses
+    judged = trial_checks.judged_losses
     given = {"tokens": 256, "rate": 0.01}
     well = judged([6.0, 4.0, 3.0], **given)
     assert well == Finding(
@@ -291,7 +291,7 @@ def test_what_the_losses_of_one_batch_say():
 
 def test_what_fails_is_exit_code_2_after_all_lines(smoke_recipe, tmp_path, said, monkeypatch):
     monkeypatch.setattr(
-        dry_run, "overfitting", lambda trainer: (Finding("overfitting", "no", "do"), 1e6)
+        trial_checks, "overfitting", lambda trainer: (Finding("overfitting", "no", "do"), 1e6)
     )
     with pytest.raises(InputError) as caught:
         look(smoke_recipe, tmp_path, "--model.config.initializer_range", "0.5")
@@ -319,9 +319,9 @@ def test_memory_that_is_gone_while_trying_is_told_with_all_the_rest(trainer, mon
     def full(given):
         raise MemoryError
 
-    monkeypatch.setattr(dry_run, "overfitting", full)
+    monkeypatch.setattr(trial_checks, "overfitting", full)
     seen = []
-    dry_run._try(trainer, None, seen.append)
+    trial_checks.see_all(trainer, None, seen.append)
     (finding,) = seen
     assert finding.name == "speed" and "memory" in finding.text and finding.remedy
 
@@ -391,7 +391,7 @@ def test_every_kind_of_run_can_be_looked_at(
         values |= {"data__attend_across": False, "training__per_device_train_batch_size": 4}
     if kind == "lora":
         base = shutil.copytree(finished_run, tmp_path / "base")
-        monkeypatch.setattr(dry_run, "UPDATES", 20)
+        monkeypatch.setattr(trial_checks, "UPDATES", 20)
         values |= {"model__config": None, "model__pretrained": str(base), "model__lora_r": 4,
                    "tokenizer__vocab_size": None, "preflight__accept": "overfitting"}  # fmt: skip
     trainer = make(smoke_recipe, tmp_path / "run", **values)
